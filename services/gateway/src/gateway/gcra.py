@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 MINUTE = 60.0
 
@@ -49,3 +50,9 @@ class Rate:
     def reset(self, tat: float, now: float) -> float:
         """Seconds until the bucket is full."""
         return max(0.0, tat - now)
+
+
+@lru_cache(maxsize=1024)
+def per_minute(limit: int) -> Rate:
+    """The rate of `limit` units a minute; the same object for the same limit."""
+    return Rate(limit)

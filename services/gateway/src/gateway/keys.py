@@ -10,7 +10,7 @@ import hashlib
 import secrets
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -170,12 +170,44 @@ def expiry(value: float | str | None) -> float | None:
     return float(value)
 
 
-def decode_fields(raw: bytes, *, creating: bool = False) -> dict[str, Any]:
+class RotateFields(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of a rotation: how long the old secrets stay valid, seconds."""
+
+    grace_seconds: float = 0.0
+
+    def seconds(self) -> float:
+        """The grace time, checked. Raises `InvalidRequest`."""
+        if not 0 <= self.grace_seconds <= 31_536_000:
+            raise InvalidRequest("'grace_seconds' must be between 0 and a year.", param="grace_seconds")
+        return self.grace_seconds
+
+
+class OrganisationFields(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of a change of an organisation: its daily tokens over all keys, null or 0 for none."""
+
+    daily_tokens: int | None
+
+    def tokens(self) -> int | None:
+        """The quota, checked. Raises `InvalidRequest`."""
+        if self.daily_tokens is not None and not 0 <= self.daily_tokens <= _MOST:
+            raise InvalidRequest("'daily_tokens' must be 0 (none), a positive number or null.", param="daily_tokens")
+        return self.daily_tokens
+
+
+T = TypeVar("T")
+
+
+def decode(raw: bytes, kind: type[T]) -> T:
     """Read a JSON body of the admin API. Raises `InvalidRequest` naming what is wrong, unknown fields included."""
     try:
-        changes = msgspec.json.decode(raw or b"{}", type=KeyFields).changes()
+        return msgspec.json.decode(raw or b"{}", type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body cannot be used: {_told(error)}.") from None
+
+
+def decode_fields(raw: bytes, *, creating: bool = False) -> dict[str, Any]:
+    """The fields of a key from a JSON body, as `KeyFields.changes`. Raises `InvalidRequest`."""
+    changes = decode(raw, KeyFields).changes()
     if creating and "name" not in changes:
         raise InvalidRequest("'name' is required.", param="name")
     return changes

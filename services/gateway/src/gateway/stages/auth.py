@@ -11,7 +11,7 @@ from hashlib import sha256
 from time import time
 from typing import Protocol
 
-from gateway.call import Call
+from gateway.call import Call, Caller
 from gateway.errors import InvalidApiKey, LedgerUnavailable, MissingApiKey, ModelNotAllowed
 from gateway.keyring import Clock, Keyring
 
@@ -35,6 +35,22 @@ class Auth:
 
     def identify(self, call: Call, headers: Headers) -> None:
         """Set `call.caller`. Raises 401 for an unknown key, 403 for a disabled or expired one, 503 without keys."""
+        call.caller = self._known(headers)  # set first: the refusal is recorded for its key
+        self._check(call.caller)
+
+    def caller(self, headers: Headers) -> Caller:
+        """The caller of a request that is no call (models, usage); raises as `identify`."""
+        caller = self._known(headers)
+        self._check(caller)
+        return caller
+
+    def _check(self, caller: Caller) -> None:
+        if caller.disabled or caller.expires_at is not None:
+            problem = self._keyring.problem(caller)
+            if problem is not None:
+                raise problem
+
+    def _known(self, headers: Headers) -> Caller:
         secret = presented(headers)
         if secret is None:
             raise MissingApiKey("Send your key as 'Authorization: Bearer …' or 'X-API-Key: …'.")
@@ -49,12 +65,7 @@ class Auth:
         now = self._clock()
         if now < entry.not_before or (entry.not_after is not None and now >= entry.not_after):
             raise InvalidApiKey("This key is not valid.")
-        caller = entry.caller
-        call.caller = caller  # set first: the refusal is recorded for its key
-        if caller.disabled or caller.expires_at is not None:
-            problem = self._keyring.problem(caller)
-            if problem is not None:
-                raise problem
+        return entry.caller
 
     def allow(self, call: Call) -> None:
         """Raise `ModelNotAllowed` unless the caller may use the model that the request names."""

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from gateway.account import Account, Day, Days
-from gateway.call import Call, Caller, Hold
+from gateway.account import Account, Days
+from gateway.call import Call, Caller, Hold, Outcome
 from gateway.errors import (
     CapacityError,
     ConcurrencyExceeded,
@@ -28,11 +27,11 @@ from gateway.errors import (
     QuotaExhausted,
     RateLimitExceeded,
 )
-from gateway.gcra import Rate
+from gateway.gcra import Rate, per_minute
 from gateway.keyring import Keyring
 from gateway.settings import Settings
 from gateway.stages.estimate import Ask, ask
-from gateway.store import Store, StoreUnavailable
+from gateway.store import Store, StoreUnavailable, reports
 
 _MOST_ADDRESSES = 65_536
 
@@ -44,6 +43,10 @@ class Registry(Protocol):
         """The longest context of `model` in tokens, None if unknown."""
         ...
 
+    def serves(self, model: str) -> bool:
+        """Whether a configured engine serves `model`."""
+        ...
+
 
 class _Waiter:
     __slots__ = ("ask", "call", "future")
@@ -52,14 +55,6 @@ class _Waiter:
         self.call = call
         self.ask = wanted
         self.future = future
-
-
-class _Blocked(Exception):
-    """Only holds of other calls stand in the way; `account` is where they are."""
-
-    def __init__(self, account: Account) -> None:
-        super().__init__()
-        self.account = account
 
 
 class Budget:
@@ -85,7 +80,7 @@ class Budget:
         self._keys: dict[str, Account] = {}
         self._organisations: dict[str, Account] = {}
         self._addresses: dict[str, float] = {}
-        self._address_rate = Rate(settings.ip_requests_per_minute) if settings.ip_requests_per_minute else None
+        self._address_rate = per_minute(settings.ip_requests_per_minute) if settings.ip_requests_per_minute else None
         self._waiting: set[Account] = set()
         self._waiters = 0
         self.live: dict[str, Call] = {}
@@ -108,9 +103,17 @@ class Budget:
             account = self._organisations[name] = Account()
         return account
 
-    def load(self, totals: list[tuple[str, str, int, int]]) -> None:
-        """At start: what was used today, as `(key id, organisation or "", tokens, requests)`."""
+    def caller(self, key_id: str) -> Caller | None:
+        """The key as it is now, with its limits."""
+        return self._keyring.caller(key_id)
+
+    async def start(self) -> None:
+        """Read what was used today; call it after the store's start and before the first call."""
         today = self.days.today()
+        self.load(today, await self._store.read(lambda database: reports.day_totals(database, today)))
+
+    def load(self, today: str, totals: list[tuple[str, str, int, int]]) -> None:
+        """Take over the totals of a day, as `(key id, organisation or "", tokens, requests)`."""
         for key_id, organisation, tokens, requests in totals:
             accounts = [self.account(key_id)] + ([self.organisation(organisation)] if organisation else [])
             for account in accounts:
@@ -120,8 +123,8 @@ class Budget:
 
     def _rates(self, call: Call, caller: Caller) -> tuple[Rate | None, Rate | None]:
         limits = caller.limits
-        requests = Rate(limits.requests_per_minute) if limits.requests_per_minute else None
-        tokens = Rate(limits.tokens_per_minute) if limits.tokens_per_minute and call.endpoint.metered else None
+        requests = per_minute(limits.requests_per_minute) if limits.requests_per_minute else None
+        tokens = per_minute(limits.tokens_per_minute) if limits.tokens_per_minute and call.endpoint.metered else None
         return requests, tokens
 
     # Deciding
@@ -139,7 +142,7 @@ class Budget:
             if caller.limits.daily_tokens and account.day(today).used >= caller.limits.daily_tokens:
                 refusals.append(self._exhausted("daily_tokens", 0))
         if refusals:
-            raise max(refusals, key=_waiting_time)
+            raise _longest(refusals)
 
     def _refusals(self, call: Call, caller: Caller, account: Account, tokens: int, now: float) -> list[GatewayError]:
         """What refuses now, apart from the days."""
@@ -172,32 +175,24 @@ class Budget:
         )
         return QuotaExhausted(told, retry_after=self.days.seconds_left(), limit=limit)
 
-    def _quota(self, account: Account, day: Day, quota: int, limit: str, wanted: Ask) -> int:
-        """Tokens this call may hold of one day. Raises `QuotaExhausted`, or `_Blocked` by others' holds."""
-        left = quota - day.used
-        if left < wanted.least:
-            raise self._exhausted(limit, left)
-        target = min(wanted.most, left)
-        if left - day.held < target:
-            raise _Blocked(account)
-        return target
-
-    def _take(self, call: Call, wanted: Ask, *, first: bool) -> None:
-        """Take all limits, or raise the refusal with the longest wait, or `_Blocked`."""
-        caller = self._keyring.caller(call.caller.key_id) if call.caller is not None else None
+    def _take(self, call: Call, wanted: Ask, *, first: bool) -> Account | None:
+        """Take all limits and return None, or raise the refusal with the longest wait, or return the account in which
+        only other calls' holds stand in the way."""
+        assert call.caller is not None
+        caller = self._keyring.caller(call.caller.key_id)
         if caller is None:
             raise InvalidApiKey("This key is not valid.")
-        if (problem := self._keyring.problem(caller)) is not None:
-            raise problem
+        if caller.disabled or caller.expires_at is not None:
+            self._raise_problem(caller)
         if not self._store.healthy:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.")
         now = self._now()
         account = self.account(caller.key_id)
         today = self.days.today()
         refusals = self._refusals(call, caller, account, wanted.likely, now)
-        most = wanted.most
         organisation = self.organisation(caller.organisation) if caller.organisation is not None else None
-        blocked: _Blocked | None = None
+        tokens = wanted.most
+        blocked: Account | None = None
         if call.endpoint.metered:
             for who, quota, limit in (
                 (account, caller.limits.daily_tokens, "daily_tokens"),
@@ -205,49 +200,61 @@ class Budget:
             ):
                 if not quota or who is None:
                     continue
-                try:
-                    most = min(most, self._quota(who, who.day(today), quota, limit, wanted))
-                    if first and who.waiting:
-                        blocked = blocked or _Blocked(who)  # nobody overtakes those who wait
-                except QuotaExhausted as refusal:
-                    refusals.append(refusal)
-                except _Blocked as hindrance:
-                    blocked = blocked or hindrance
+                day = who.day(today)
+                left = quota - day.used
+                if left < wanted.least:
+                    refusals.append(self._exhausted(limit, left))
+                    continue
+                tokens = min(tokens, left)
+                if left - day.held < min(wanted.most, left) or (first and who.waiting):
+                    blocked = blocked or who  # nobody overtakes those who wait
         if refusals:
-            raise max(refusals, key=_waiting_time)
+            raise _longest(refusals)
         if blocked is not None:
-            raise blocked
-        request = call.request
-        if request is not None:
-            request.output_limit = wanted.limit_for(most)
+            return blocked
+        if not call.endpoint.metered:
+            tokens = 0
+        elif call.request is not None:
+            call.request.output_limit = wanted.limit_for(tokens)
         requests_rate, tokens_rate = self._rates(call, caller)
         if self._address_rate is not None:
             self._remember(call.ip, self._address_rate.take(self._addresses.get(call.ip, 0.0), now), now)
         if requests_rate is not None:
             account.requests_tat = requests_rate.take(account.requests_tat, now)
-        tokens = most if call.endpoint.metered else 0
-        call.caller = caller
-        call.hold = Hold(call.request_id, caller.key_id, tokens, today, self._clock() + self._settings.hold_seconds)
-        account.live[call.request_id] = min(wanted.likely, tokens_rate.limit) if tokens_rate is not None else 0
+        charged = 0
         if tokens_rate is not None:
-            account.tokens_tat = tokens_rate.take(account.tokens_tat, now, account.live[call.request_id])
+            charged = min(wanted.likely, tokens_rate.limit)
+            account.tokens_tat = tokens_rate.take(account.tokens_tat, now, charged)
+        account.live[call.request_id] = charged
         for who in (account, organisation):
             if who is not None:
                 who.day(today).held += tokens
+        call.caller = caller
+        call.hold = Hold(call.request_id, caller.key_id, tokens, today, self._clock() + self._settings.hold_seconds)
         self.live[call.request_id] = call
+        return None
 
-    async def hold(self, call: Call) -> None:
+    def _raise_problem(self, caller: Caller) -> None:
+        problem = self._keyring.problem(caller)
+        if problem is not None:
+            raise problem
+
+    async def hold(self, call: Call) -> bool:
         """Take every limit for `call` and write its hold; returns when the row is committed.
 
-        Sets `call.hold` and `call.request.output_limit`. Raises the refusal of a limit, or `LedgerUnavailable`. If it is
-        cancelled or fails after taking, `release` gives everything back.
+        Sets `call.hold` and `call.request.output_limit`. False: the ledger knows this request id already, nothing was
+        taken. Raises the refusal of a limit, or `LedgerUnavailable`. If it is cancelled or fails after taking,
+        `release` gives everything back.
         """
-        assert call.request is not None
-        wanted = ask(call.request, call.caller, self._settings, self._registry.max_model_len(call.request.model))
+        request = call.request
+        assert request is not None
+        wanted = ask(request, call.caller, self._settings, self._registry.max_model_len(request.model))
         try:
-            self._take(call, wanted, first=True)
-        except _Blocked as hindrance:
-            await self._wait(call, wanted, hindrance.account)
+            blocked = self._take(call, wanted, first=True)
+            if blocked is not None:
+                await self._wait(call, wanted, blocked)
+        finally:
+            call.limit_headers = self.headers(call)
         hold = call.hold
         caller = call.caller
         assert hold is not None
@@ -256,22 +263,25 @@ class Budget:
             hold.request_id,
             hold.key_id,
             caller.organisation,
-            call.request.model,
+            request.model if self._registry.serves(request.model) else "other",
             call.endpoint.name,
             hold.tokens,
             hold.day,
-            int(call.request.stream),
+            int(request.stream),
             call.started_at,
             hold.expires_at,
-            getattr(call.trace, "trace_id", None),
+            None if call.trace is None else call.trace.trace_id,
             0,
             0,
             0,
         )
         try:
-            await self._store.hold(row)
+            fresh: bool = await self._store.hold(row)
         except StoreUnavailable:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.") from None
+        if not fresh:
+            self._give_back(call, None)
+        return fresh
 
     # Waiting for others' holds
 
@@ -290,59 +300,60 @@ class Budget:
                 raise _held("The tokens left today are held by other calls.") from None
         finally:
             self._waiters -= 1
-            for queue in (account, self.account(call.caller.key_id) if call.caller else account):
-                if waiter in queue.waiting:
-                    queue.waiting.remove(waiter)
-                    self._wake(queue)
+            if waiter in account.waiting:
+                account.waiting.remove(waiter)
+                self._wake(account)
 
     def _wake(self, account: Account) -> None:
         """Admit those who wait, in their order, until one of them still has to."""
         while account.waiting:
             waiter: _Waiter = account.waiting[0]
-            if waiter.future.done():
-                account.waiting.popleft()
-                continue
-            try:
-                self._take(waiter.call, waiter.ask, first=False)
-            except _Blocked:
-                break
-            except GatewayError as refusal:
-                account.waiting.popleft()
-                waiter.future.set_exception(refusal)
-                continue
+            if not waiter.future.done():
+                try:
+                    if self._take(waiter.call, waiter.ask, first=False) is not None:
+                        return
+                except GatewayError as refusal:
+                    waiter.future.set_exception(refusal)
+                else:
+                    waiter.future.set_result(None)
             account.waiting.popleft()
-            waiter.future.set_result(None)
-        if not account.waiting:
-            self._waiting.discard(account)
+        self._waiting.discard(account)
 
     # Giving back
 
     def release(self, call: Call) -> None:
         """Give back what `call` holds and count what it used. Idempotent."""
+        if call.hold is not None:
+            self._give_back(call, call.usage.total)
+
+    def _give_back(self, call: Call, used: int | None) -> None:
+        """End a hold; `used` None: the call never was."""
         hold = call.hold
-        if hold is None or self.live.pop(call.request_id, None) is None:
-            return
         caller = call.caller
-        assert caller is not None
+        if hold is None or caller is None or self.live.pop(hold.request_id, None) is None:
+            return
         account = self.account(caller.key_id)
-        taken = account.live.pop(call.request_id)
-        used = call.usage.total
-        rate = self._rates(call, self._keyring.caller(caller.key_id) or caller)[1]
-        if rate is not None and taken != used:
-            now = self._now()
-            if used < taken:
-                account.tokens_tat = rate.give_back(account.tokens_tat, taken - used)
+        charged = account.live.pop(hold.request_id)
+        requests_rate, tokens_rate = self._rates(call, self._keyring.caller(caller.key_id) or caller)
+        if tokens_rate is not None:
+            if (used or 0) <= charged:
+                account.tokens_tat = tokens_rate.give_back(account.tokens_tat, charged - (used or 0))
             else:
-                account.tokens_tat = rate.take(account.tokens_tat, now, used - taken)
+                account.tokens_tat = tokens_rate.take(account.tokens_tat, self._now(), (used or 0) - charged)
+        if used is None and requests_rate is not None:
+            account.requests_tat = requests_rate.give_back(account.requests_tat, 1)
         organisation = self.organisation(caller.organisation) if caller.organisation is not None else None
         for who in (account, organisation):
             if who is not None:
                 day = who.day(hold.day)
                 day.held -= hold.tokens
-                day.used += used
-                day.requests += 1
+                if used is not None:
+                    day.used += used
+                    day.requests += call.outcome is not Outcome.REFUSED
                 if who.waiting:
                     self._wake(who)
+        if used is None:
+            call.hold = None
 
     def tick(self) -> None:
         """Now and then: let waiting calls see a new day or a changed limit; end calls of keys that expired."""
@@ -390,11 +401,11 @@ class Budget:
         now = self._now()
         found: dict[str, str] = {}
         if limits.requests_per_minute:
-            rate = Rate(limits.requests_per_minute)
+            rate = per_minute(limits.requests_per_minute)
             _tell(found, "requests", rate.limit, rate.remaining(account.requests_tat, now), account.requests_tat - now)
         tightest: tuple[int, int, float] | None = None
         if limits.tokens_per_minute:
-            rate = Rate(limits.tokens_per_minute)
+            rate = per_minute(limits.tokens_per_minute)
             tightest = (rate.remaining(account.tokens_tat, now), rate.limit, account.tokens_tat - now)
         if limits.daily_tokens:
             day = account.day(self.days.today())
@@ -412,8 +423,11 @@ def _tell(headers: dict[str, str], what: str, limit: int, remaining: int, reset:
     headers[f"x-ratelimit-reset-{what}"] = str(max(0, int(reset + 0.999)))
 
 
-def _waiting_time(refusal: GatewayError) -> float:
-    return refusal.retry_after or 0.0
+def _longest(refusals: list[GatewayError]) -> GatewayError:
+    """The refusal with the longest wait. The list is emptied: an error must not find itself in its own traceback."""
+    longest = max(refusals, key=lambda refusal: refusal.retry_after or 0.0)
+    refusals.clear()
+    return longest
 
 
 def _too_fast(what: str, limit: str, rate: Rate, wait: float) -> CapacityError:
@@ -422,6 +436,3 @@ def _too_fast(what: str, limit: str, rate: Rate, wait: float) -> CapacityError:
 
 def _held(message: str) -> CapacityError:
     return RateLimitExceeded(message, retry_after=1.0, limit="daily_tokens")
-
-
-__all__ = ["Budget", "Registry", "deque"]

@@ -49,7 +49,9 @@ def ask(request: Request, caller: Caller | None, settings: Settings, max_model_l
     endpoint = request.endpoint
     n = max(1, request.n)
     prompt = request.prompt_bound
-    whole = n * max_model_len if max_model_len else None  # no sequence is longer than the model's context
+    whole = (
+        max(n, request.prompts) * max_model_len if max_model_len else None
+    )  # no sequence is longer than the model's context
     if endpoint.output_field is None or not endpoint.metered:
         most = prompt if whole is None else min(prompt, whole)
         return Ask(most, most, min(request.prompt_estimate, most), most, n, None, False, None)
@@ -72,7 +74,7 @@ def ask(request: Request, caller: Caller | None, settings: Settings, max_model_l
         # The engine refuses a limit that does not fit behind the prompt, and the prompt's length is only bounded:
         # its own end of the context bounds the call as well.
         fits = max_model_len - prompt
-        output = fits if fits >= _LEAST_OUTPUT and n == 1 else None
+        output = fits if fits >= _LEAST_OUTPUT else None
     most = _UNBOUNDED if output is None else prompt + n * output
     if whole is not None:
         most = min(most, whole)

@@ -20,7 +20,7 @@ from gateway.spool import Spool
 from gateway.store import accounts, batch, recovery, reports
 from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, spool_folder
 from gateway.store.schema import migrate
-from gateway.store.writer import HOLD, PROGRESS, SETTLE, STOP, WORK, Writer, replay
+from gateway.store.writer import ENERGY, HOLD, PROGRESS, RECORD, SETTLE, STOP, WORK, Writer, replay
 
 __all__ = ["Database", "Started", "Store", "StoreLocked", "StoreNewer", "StoreUnavailable", "accounts", "reports"]
 
@@ -127,17 +127,21 @@ class Store:
 
     # Calls: never blocking, answered when durable
 
-    def hold(self, row: batch.HoldRow) -> asyncio.Future[None]:
-        """Record a hold (columns of `schema.HOLD_COLUMNS`)."""
+    def hold(self, row: batch.HoldRow) -> asyncio.Future[bool]:
+        """Record a hold (columns of `schema.HOLD_COLUMNS`); False if its request id is in the ledger already."""
         return self._running.submit(HOLD, row)
 
     def settle(self, record: UsageRecord) -> asyncio.Future[None]:
         """Record an ended call and delete its hold; once per request id. Resolved when durable (database or spool)."""
         return self._running.submit(SETTLE, record)
 
-    def record(self, record: UsageRecord) -> None:
-        """As `settle`, for a call whose end nobody waits for."""
-        self._running.send(SETTLE, record)
+    def record(self, record: UsageRecord, *, held: bool = True) -> None:
+        """As `settle`, for a call whose end nobody waits for. Without a hold the request id may be changed."""
+        self._running.send(SETTLE if held else RECORD, record)
+
+    def add_energy(self, rows: Sequence[batch.EnergyRow]) -> None:
+        """Add joules to keys' days: `(day, key id, joules)`."""
+        self._running.send(ENERGY, list(rows))
 
     def progress(self, rows: Sequence[batch.ProgressRow]) -> None:
         """Note what running calls have used so far, and renew their leases."""

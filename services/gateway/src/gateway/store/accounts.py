@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 
-from gateway.errors import InvalidRequest
 from gateway.keys import LIMIT_NAMES, Key, KeyNotFound, Secret, digest_of, new_key_id, new_secret
 from gateway.store.connection import Database
 
@@ -292,10 +291,3 @@ def seed(database: Database, configured: str | None) -> dict[str, int]:
                 done["created"] += 1
             _add_secret(database, key_id, secret)
     return done
-
-
-def check_grace(value: Any) -> float:
-    """Seconds that old secrets stay valid after a rotation. Raises `InvalidRequest`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 31_536_000:
-        raise InvalidRequest("'grace_seconds' must be between 0 and a year.", param="grace_seconds")
-    return float(value)

@@ -8,7 +8,9 @@ statement, so rows travel in multi-row statements, in chunks of fixed sizes that
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -18,6 +20,7 @@ from gateway.store.connection import Database
 from gateway.store.schema import HOLD_COLUMNS, TOTAL_COLUMNS, USAGE_COLUMNS
 
 HoldRow = tuple[Any, ...]  # in the order of HOLD_COLUMNS
+EnergyRow = tuple[str, str, float]  # day, key id, joules
 ProgressRow = tuple[str, int, int, int, float]  # request id, prompt, completion, cached, lease (Unix seconds)
 
 _CHUNKS = (64, 16, 4, 1)
@@ -113,54 +116,106 @@ def totals(records: Iterable[UsageRecord]) -> list[tuple[Any, ...]]:
     return [(*names, *numbers) for names, numbers in sorted(sums.items())]
 
 
-def write(
-    database: Database, holds: Sequence[HoldRow], progress: Sequence[ProgressRow], records: Sequence[UsageRecord]
-) -> int:
-    """One transaction: new holds, progress of running calls, ended calls. Returns the records that were new.
+@dataclass(slots=True)
+class Group:
+    """What one transaction takes. `loose` are ids of records without a hold; `known` is filled with refused holds."""
 
-    A record whose request id is already there changes nothing, so a batch may be repeated when nobody knows whether its
-    commit arrived.
+    holds: list[HoldRow] = field(default_factory=list)
+    progress: list[ProgressRow] = field(default_factory=list)
+    records: list[UsageRecord] = field(default_factory=list)
+    energy: list[EnergyRow] = field(default_factory=list)
+    loose: set[str] = field(default_factory=set)
+    known: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.holds or self.progress or self.records or self.energy)
+
+
+def write(database: Database, group: Group) -> int:
+    """One transaction: new holds, progress of running calls, ended calls, energy. Returns the records that were new.
+
+    A record whose request id is already there changes nothing, so a group may be repeated when nobody knows whether its
+    commit arrived; a `loose` one (a refusal, which has no hold to be unique by) gets an id of its own. A hold whose id
+    is taken is not written and named in `group.known`.
     """
     try:
-        return _write(database, holds, progress, records, careful=False)
+        return _write(database, group, careful=False)
     except _AlreadyThere:
-        return _write(database, holds, progress, records, careful=True)
+        return _write(database, group, careful=True)
 
 
 class _AlreadyThere(Exception):
     """Some records were settled before: the transaction is repeated, looking for them first."""
 
 
-def _write(
-    database: Database,
-    holds: Sequence[HoldRow],
-    progress: Sequence[ProgressRow],
-    records: Sequence[UsageRecord],
-    *,
-    careful: bool,
-) -> int:
+def _write(database: Database, group: Group, *, careful: bool) -> int:
     with database.transaction():
-        if holds:
-            _in_chunks(database, _insert_holds, holds)
-        for request_id, prompt, completion, cached, lease in progress:
+        if group.holds:
+            _hold(database, group)
+        for request_id, prompt, completion, cached, lease in group.progress:
             database.run(_PROGRESS, (prompt, completion, cached, lease, request_id))
-        if not records:
+        if group.energy:
+            _in_chunks(database, _add_energy, _energy(group.energy))
+        if not group.records:
             return 0
-        _in_chunks(database, _delete_holds, [(record.request_id,) for record in records])
-        fresh = _fresh(database, records) if careful else records
-        inserted = _in_chunks(database, _insert_usage, [usage_row(record) for record in fresh])
-        if inserted != len(fresh):
+        _in_chunks(database, _delete_holds, [(record.request_id,) for record in group.records])
+        fresh = _fresh(database, group) if careful else group.records
+        if _in_chunks(database, _insert_usage, [usage_row(record) for record in fresh]) != len(fresh):
             raise _AlreadyThere
         _in_chunks(database, _add_totals, totals(fresh))
-        return inserted
+        return len(fresh)
 
 
-def _fresh(database: Database, records: Sequence[UsageRecord]) -> list[UsageRecord]:
-    by_id = {record.request_id: record for record in reversed(records)}  # the first of two wins
-    ids = list(by_id)
-    for start in range(0, len(ids), 500):
-        part = ids[start : start + 500]
-        marks = ",".join("?" * len(part))
-        for (known,) in database.rows(f"SELECT request_id FROM usage_records WHERE request_id IN ({marks})", part):
-            by_id.pop(known, None)
-    return list(by_id.values())
+def _hold(database: Database, group: Group) -> None:
+    ids = [row[0] for row in group.holds]
+    group.known = _known(database, "usage_records", ids) | _known(database, "holds", ids)
+    rows = [row for row in group.holds if row[0] not in group.known]
+    if len({row[0] for row in rows}) != len(rows):  # two of one id in one group: neither is the first
+        seen: set[str] = set()
+        group.known |= {i for i in ids if i in seen or seen.add(i)}  # type: ignore[func-returns-value]
+        rows = [row for row in rows if row[0] not in group.known]
+    _in_chunks(database, _insert_holds, rows)
+
+
+def _known(database: Database, table: str, ids: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    start = 0
+    for size in _CHUNKS:  # fixed sizes, so that the statements stay prepared
+        while len(ids) - start >= size:
+            text = _find(table, size)
+            found.update(request_id for (request_id,) in database.rows(text, ids[start : start + size]))
+            start += size
+    return found
+
+
+@lru_cache(maxsize=64)
+def _find(table: str, rows: int) -> str:
+    return f"SELECT request_id FROM {table} WHERE request_id IN ({','.join('?' * rows)})"
+
+
+def _fresh(database: Database, group: Group) -> list[UsageRecord]:
+    known = _known(database, "usage_records", [record.request_id for record in group.records])
+    fresh: list[UsageRecord] = []
+    for record in group.records:
+        if record.request_id in known:
+            if record.request_id not in group.loose:
+                continue
+            record = replace(record, request_id=f"{record.request_id}.{secrets.token_hex(4)}")
+        known.add(record.request_id)
+        fresh.append(record)
+    return fresh
+
+
+def _energy(rows: Iterable[EnergyRow]) -> list[EnergyRow]:
+    sums: dict[tuple[str, str], float] = {}
+    for day, key_id, joules in rows:
+        sums[day, key_id] = sums.get((day, key_id), 0.0) + joules
+    return [(day, key_id, joules) for (day, key_id), joules in sorted(sums.items())]
+
+
+@lru_cache(maxsize=64)
+def _add_energy(rows: int) -> str:
+    return (
+        f"INSERT INTO daily_energy (day, key_id, joules) VALUES {_marks(3, rows)} "
+        "ON CONFLICT (day, key_id) DO UPDATE SET joules = daily_energy.joules + excluded.joules"
+    )

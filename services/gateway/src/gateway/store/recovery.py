@@ -151,5 +151,5 @@ def settle_orphans(
             )
         )
     for start in range(0, len(records), 500):
-        batch.write(database, (), (), records[start : start + 500])
+        batch.write(database, batch.Group(records=records[start : start + 500]))
     return len(records)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from gateway.store.connection import Database
 
 GROUPS = {"key": "key_id", "organisation": "organisation", "model": "model", "day": "day"}
@@ -38,6 +40,22 @@ def usage(database: Database, first: str | None, last: str | None, group: str) -
             "refusals": int(refusals),
         }
         for name, label, prompt, completion, cached, requests, refusals in database.rows(text, parameters)
+    ]
+
+
+def energy(database: Database, key_id: str, day: str) -> float | None:
+    """Joules of a key on one day; None when nothing was ever measured."""
+    rows = database.rows("SELECT joules FROM daily_energy WHERE key_id = ? AND day = ?", (key_id, day))
+    return float(rows[0][0]) if rows else None
+
+
+def audit(database: Database, most: int = 1000) -> list[dict[str, Any]]:
+    """The newest audit rows, newest first."""
+    return [
+        {"at": at, "actor": actor, "action": action, "subject": subject, "details": msgspec.json.decode(details)}
+        for at, actor, action, subject, details in database.rows(
+            "SELECT at, actor, action, subject, details FROM audit ORDER BY id DESC LIMIT ?", (most,)
+        )
     ]
 
 

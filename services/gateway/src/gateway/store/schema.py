@@ -46,6 +46,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             prompt_tokens BIGINT NOT NULL, completion_tokens BIGINT NOT NULL, cached_tokens BIGINT NOT NULL,
             requests BIGINT NOT NULL, refusals BIGINT NOT NULL,
             PRIMARY KEY (day, key_id, organisation, model)) {rowless}""",
+        """CREATE TABLE daily_energy (
+            day TEXT NOT NULL, key_id TEXT NOT NULL, joules DOUBLE PRECISION NOT NULL, PRIMARY KEY (day, key_id))""",
         """CREATE TABLE audit (
             id {serial}, at DOUBLE PRECISION NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL, subject TEXT NOT NULL,
             details TEXT NOT NULL)""",
@@ -60,6 +62,7 @@ TABLES = (
     "key_secrets",
     "holds",
     "daily_totals",
+    "daily_energy",
     "audit",
     "usage_records",
 )

@@ -22,7 +22,7 @@ from gateway.spool import Spool
 from gateway.store import batch
 from gateway.store.connection import Database, StoreLocked, StoreUnavailable
 
-HOLD, SETTLE, PROGRESS, WORK, STOP = range(5)
+HOLD, SETTLE, RECORD, PROGRESS, ENERGY, WORK, STOP = range(7)
 _LARGEST_GROUP = 512
 _RETRY_SECONDS = 0.25
 _LONGEST_RETRY_SECONDS = 2.0
@@ -145,23 +145,33 @@ class Writer(threading.Thread):
 
     def _group(self, items: Sequence[Item]) -> None:
         answers: list[Answer] = []
-        holds = [item for item in items if item[0] == HOLD]
-        settles = [item for item in items if item[0] == SETTLE]
-        records = [item[1] for item in settles]
-        progress = [row for item in items if item[0] == PROGRESS for row in item[1]]
-        if self.healthy and (holds or records or progress):
-            # Only what a client will rely on has to be on the disk; holds need to outlive this process alone.
-            done = self._guarded(
-                lambda: self._commit([item[1] for item in holds], progress, records),
-            )
-            if done is None:
-                answers += [(item[2], None, None) for item in (*holds, *settles) if item[2] is not None]
-                holds, settles, records = [], [], []
-        if holds or settles:
-            refusal = StoreUnavailable(self.problem or "the database refuses")
-            answers += [(item[2], None, refusal) for item in holds if item[2] is not None]
-            kept = self._keep(records)
-            answers += [(item[2], None, None if kept else refusal) for item in settles if item[2] is not None]
+        group = batch.Group()
+        for kind, payload, _ in items:
+            if kind == HOLD:
+                group.holds.append(payload)
+            elif kind in (SETTLE, RECORD):
+                group.records.append(payload)
+                if kind == RECORD:
+                    group.loose.add(payload.request_id)
+            elif kind == PROGRESS:
+                group.progress += payload
+            elif kind == ENERGY:
+                group.energy += payload
+        if group:
+            failed = True
+            if self.healthy:
+                failed = self._guarded(partial(self._commit, group)) is not None
+            refusal = StoreUnavailable(self.problem or "the database refuses") if failed else None
+            lost = refusal
+            if failed and self._keep(group.records):
+                lost = None
+            for kind, payload, future in items:
+                if future is None:
+                    continue
+                if kind == HOLD:
+                    answers.append((future, payload[0] not in group.known, refusal))
+                elif kind == SETTLE:
+                    answers.append((future, None, lost))
         for kind, work, future in items:
             if kind == WORK:
                 failure = self._guarded(partial(work, self._database))
@@ -170,14 +180,13 @@ class Writer(threading.Thread):
                     answers.append((future, None, error))
         self._answer(answers)
 
-    def _commit(
-        self, holds: Sequence[batch.HoldRow], progress: Sequence[batch.ProgressRow], records: list[UsageRecord]
-    ) -> None:
-        durable = bool(records)
+    def _commit(self, group: batch.Group) -> None:
+        # Only what a client will rely on has to be on the disk; holds need to outlive this process alone.
+        durable = bool(group.records)
         if durable != self._durable:
             self._database.durable(durable)
             self._durable = durable
-        batch.write(self._database, holds, progress, records)
+        batch.write(self._database, group)
 
     def _answer(self, answers: list[Answer]) -> None:
         if not answers:
@@ -216,7 +225,7 @@ class Writer(threading.Thread):
             self._database.own()
             replayed = replay(self._database, self._spool)
             if self._unkept:
-                batch.write(self._database, (), (), self._unkept)
+                batch.write(self._database, batch.Group(records=self._unkept))
                 replayed += len(self._unkept)
                 self._unkept.clear()
             self._poll(self._database)
@@ -243,7 +252,7 @@ def replay(database: Database, spool: Spool) -> int:
     """Write what the spool holds into the database and empty it; returns the number of records it held."""
     held = 0
     for part in spool.read():
-        batch.write(database, (), (), part)
+        batch.write(database, batch.Group(records=part))
         held += len(part)
     if spool.torn:
         logger.warning("spool_lines_torn", lines=spool.torn)
