@@ -23,7 +23,17 @@ from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUna
 from gateway.store.schema import migrate
 from gateway.store.writer import ENERGY, HOLD, PROGRESS, RECORD, SETTLE, STOP, WORK, Writer, replay
 
-__all__ = ["Database", "Started", "Store", "StoreLocked", "StoreNewer", "StoreUnavailable", "accounts", "reports"]
+__all__ = [
+    "Database",
+    "Started",
+    "Store",
+    "StoreLocked",
+    "StoreNewer",
+    "StoreUnavailable",
+    "accounts",
+    "migrate",
+    "reports",
+]
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1  # a change by another process is noticed within this time
