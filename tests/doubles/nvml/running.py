@@ -136,5 +136,5 @@ def waited(what: str, found: Callable[[], T | None]) -> T:
         answer = found()
         if answer is not None:
             return answer
-        time.sleep(0.02)
+        time.sleep(0.05)
     raise AssertionError(f"waited {PATIENCE_SECONDS:.0f} s for {what}")

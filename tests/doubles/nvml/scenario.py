@@ -50,7 +50,7 @@ class Scenario:
     def add(self, index: int, gpu: str) -> None:
         """Describe GPU `index`. The second and later ones of a kind get a uuid of their own."""
         for key, value in described(gpu).items():
-            self.answers[f"{index}.{key}"] = f"{value[:-1]}{index:x}" if key == "UUID" and index else value
+            self.answers[f"{index}.{key}"] = f"{value[:-2]}{index:x}{value[-1]}" if key == "UUID" and index else value
 
     def uuid(self, index: int) -> str:
         """The uuid of GPU `index`."""

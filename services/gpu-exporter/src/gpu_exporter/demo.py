@@ -70,7 +70,7 @@ class Demo:
     def __init__(self, plan: DemoPlan, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan, self._clock, self._started = plan, clock, clock()
 
-    def sample(self) -> Sample:
+    def sample(self, wake: int) -> Sample:
         """The GPUs as they would be now."""
         elapsed = self._clock() - self._started
         gpus = tuple(_gpu(self._plan.model, index, elapsed) for index in range(self._plan.count))

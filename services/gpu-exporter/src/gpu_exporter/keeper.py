@@ -140,13 +140,16 @@ class Keeper:
         self._stuck = [process for process in self._stuck if process.poll() is None]
         return len(self._stuck)
 
-    def sample(self) -> Sample:
-        """One sample within the deadline. Raises CollectFailed; the next call then starts with a new probe."""
+    def sample(self, wake: int) -> Sample:
+        """One sample within the deadline. Raises CollectFailed; the next call then starts with a new probe.
+
+        It is given up at once, as `interrupted`, when the descriptor `wake` becomes readable.
+        """
         try:
-            probe = self._ready()
+            probe = self._ready(wake)
             now = self._clock()
             probe.ask([index for index, (until, _) in self._quarantine.items() if now < until])
-            sample = decode(self._await(probe, "sample", now + self._deadline))
+            sample = decode(self._await(probe, "sample", now + self._deadline, wake))
         except CollectFailed as failure:
             self.renew()
             if failure.error == "hung" and failure.gpu is not None:
@@ -206,22 +209,23 @@ class Keeper:
             self._end(self._census[0])
             self._census = None
 
-    def _ready(self) -> Probe:
+    def _ready(self, wake: int) -> Probe:
         if self._probe is None:
             if self.stuck >= MOST_STUCK:
                 raise CollectFailed("start", "too_many_stuck_probes")
             self.replacements += 1
             self._probe = self._start({**self._options, "census": False})
-            self._await(self._probe, "opened", self._clock() + self._open_deadline)
+            self._await(self._probe, "opened", self._clock() + self._open_deadline, wake)
             self._next_census = self._clock() + self._discover
         return self._probe
 
-    def _await(self, probe: Probe, kind: str, deadline: float) -> Any:
+    def _await(self, probe: Probe, kind: str, deadline: float, wake: int) -> Any:
         with selectors.DefaultSelector() as selector:
             selector.register(probe, selectors.EVENT_READ)
+            selector.register(wake, selectors.EVENT_READ)
             while (left := deadline - self._clock()) > 0:
-                if not selector.select(left):
-                    continue
+                if wake in (key.fileobj for key, _ in selector.select(left)):
+                    raise CollectFailed("exporter", "interrupted")
                 answer = None
                 for message in probe.messages():
                     if "failed" in message:

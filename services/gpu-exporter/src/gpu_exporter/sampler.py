@@ -6,6 +6,7 @@ Readers take the snapshot without a lock. A failed sample publishes no GPU data:
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -50,7 +51,7 @@ class Source(Protocol):
     def replacements(self) -> int: ...
     @property
     def stuck(self) -> int: ...
-    def sample(self) -> Sample: ...
+    def sample(self, wake: int) -> Sample: ...
     def idle(self, seconds: float, wake: int) -> None: ...
     def renew(self) -> None: ...
     def close(self) -> None: ...
@@ -118,8 +119,10 @@ class Sampler:
         while True:
             started = time.monotonic()
             try:
-                sample = self._source.sample()
+                sample = self._source.sample(self._wake)
             except CollectFailed as failure:
+                if failure.error == "interrupted":
+                    break
                 self._publish_failure(failure, time.monotonic() - started)
                 pause = self._retry
             else:
@@ -129,16 +132,9 @@ class Sampler:
                     self._source.renew()  # NVML lists the GPUs once, when it is opened
             next_at = max(next_at + pause, time.monotonic()) if pause == self._interval else time.monotonic() + pause
             self._source.idle(max(0.0, next_at - time.monotonic()), self._wake)
-            if self._woken():
-                self._source.close()
-                return
-
-    def _woken(self) -> bool:
-        os.set_blocking(self._wake, False)
-        try:
-            return bool(os.read(self._wake, 1))
-        except BlockingIOError:
-            return False
+            if select.select([self._wake], [], [], 0)[0]:
+                break
+        self._source.close()
 
     def _publish(self, sample: Sample, took: float) -> None:
         self._opened_once = True
@@ -147,9 +143,12 @@ class Sampler:
         gpus = dict(before.gpus)
         for uuid, (index, _) in before.gpus.items():
             gpus[uuid] = (index, "gone")
+        known = {index: uuid for uuid, (index, _) in before.gpus.items()}
         for gpu in sample.gpus:
-            if gpu.identity.uuid:
-                gpus[gpu.identity.uuid] = (gpu.identity.index, gpu.unreadable)
+            # A new probe does not know who a GPU is that it must not touch; we do.
+            uuid = gpu.identity.uuid or known.get(gpu.identity.index, "")
+            if uuid:
+                gpus[uuid] = (gpu.identity.index, gpu.unreadable)
         self._tell_changes(before, gpus)
         readable = [gpu for gpu in sample.gpus if not gpu.unreadable]
         now = time.time()
