@@ -9,6 +9,7 @@ The byte patterns below cannot be forged by generated text: inside a JSON string
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from typing import TYPE_CHECKING
@@ -102,16 +103,24 @@ def note_body(usage: Usage, body: bytes) -> None:
         note(usage, said)
 
 
+def note_tail(usage: Usage, tail: bytes) -> None:
+    """Read the usage near the end of a JSON answer that was too large to keep."""
+    at = tail.rfind(b'"usage":{')
+    if at >= 0 and (found := _USAGE.match(tail, at)):
+        with contextlib.suppress(msgspec.DecodeError):
+            note(usage, _usage.decode(found[1]))
+
+
 class Stream:
-    """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is the
-    dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
+    """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is
+    the dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
 
     __slots__ = ("_by_index", "_request", "_response_id", "_rest", "_sequence", "ended", "tail", "tokens", "usage")
 
     def __init__(self, request: Request, usage: Usage) -> None:
         self._request = request
         self._rest = b""
-        self._by_index: dict[bytes, tuple[int, int]] = {}
+        self._by_index: dict[int, tuple[int, int]] = {}
         self._sequence = -1
         self._response_id = ""
         self.usage = usage
@@ -142,7 +151,7 @@ class Stream:
 
     def _openai(self, data: bytes) -> bytes:
         if b'data: {"error"' in data and (error := _ERROR_EVENT.search(data)):
-            raise _Broken(self._openai_usage(data[: error.start() + 2] if error.start() else b""))
+            raise BrokenStream(self._openai_usage(data[: error.start() + 2] if error.start() else b""))
         if data.endswith(DONE):
             self.ended = True
             self.tail = DONE
@@ -169,7 +178,11 @@ class Stream:
         return b"".join(event if b'"choices":[]' in event else _USAGE_FIELD.sub(b"", event) for event in _events(data))
 
     def _note_each(self, data: bytes) -> None:
-        """Several choices: each chunk's usage counts its own choice, the last event's counts all."""
+        """Several choices: each chunk's usage counts its own choice (and its own prompt); the last event's counts all.
+
+        Choices are numbered prompt by prompt.
+        """
+        a_prompt = max(1, self._request.n // self._request.prompts)
         for event in _events(data):
             found = _USAGE.search(event)
             if found is None:
@@ -178,36 +191,40 @@ class Stream:
             if b'"choices":[]' in event:
                 note(self.usage, said)
             elif index := _INDEX.search(event):
-                self._by_index[index[1]] = (said.prompt_tokens or 0, said.completion_tokens or 0)
-                self.usage.prompt = max(prompt for prompt, _ in self._by_index.values())
+                self._by_index[int(index[1])] = (said.prompt_tokens or 0, said.completion_tokens or 0)
+                prompts = {number // a_prompt: prompt for number, (prompt, _) in self._by_index.items()}
+                self.usage.prompt = sum(prompts.values())
                 self.usage.completion = sum(completion for _, completion in self._by_index.values())
                 self.usage.known = True
 
     def _messages(self, data: bytes) -> bytes:
         # Between message_start and message_delta the engine counts nothing aloud: a delta is at least one token.
-        deltas = data.count(b"event: content_block_delta")
-        if deltas:
-            self.tokens = True
-            self.usage.completion += deltas
-        for event in _events(data) if b'"usage"' in data or b"event: error" in data else ():
+        if b'"usage"' not in data and b"event: error" not in data:
+            self._count(data.count(b"event: content_block_delta"))
+            return self._end_at(data, (b"event: message_stop\n",))
+        for event in _events(data):
             if event.startswith(b"event: error"):
-                raise _Broken(data[: data.index(event)])
+                raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: message_start", b"event: message_delta")):
                 self._note_event(event)
+            elif event.startswith(b"event: content_block_delta"):
+                self._count(1)
         return self._end_at(data, (b"event: message_stop\n",))
 
-    def _responses(self, data: bytes) -> bytes:
-        deltas = data.count(b".delta\ndata:")
+    def _count(self, deltas: int) -> None:
         if deltas:
             self.tokens = True
             self.usage.completion += deltas
+
+    def _responses(self, data: bytes) -> bytes:
+        self._count(data.count(b".delta\ndata:"))
         if not self._response_id and (found := _RESPONSE_ID.search(data)):
             self._response_id = found[1].decode()
         if sequences := _SEQUENCE.findall(data):
             self._sequence = int(sequences[-1])
         for event in _events(data):
             if event.startswith((b"event: response.failed", b"event: error")):
-                raise _Broken(data[: data.index(event)])
+                raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: response.completed", b"event: response.incomplete")):
                 self._note_event(event)
         return self._end_at(data, (b"event: response.completed\n", b"event: response.incomplete\n"))
@@ -218,9 +235,9 @@ class Stream:
             body = _body.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
-        for said in (body.usage, body.message and body.message.usage, body.response and body.response.usage):
-            if said is not None:
-                note(self.usage, said)
+        for part in (body, body.message, body.response):
+            if part is not None and part.usage is not None:
+                note(self.usage, part.usage)
 
     def _end_at(self, data: bytes, marks: tuple[bytes, ...]) -> bytes:
         for mark in marks:
@@ -254,7 +271,7 @@ class Stream:
         return b"data: " + error_body(error, dialect) + b"\n\n"
 
 
-class _Broken(UpstreamError):
+class BrokenStream(UpstreamError):
     """The engine reported a failure inside the stream; `before` are the whole events that came before it."""
 
     def __init__(self, before: bytes) -> None:
