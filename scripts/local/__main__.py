@@ -157,7 +157,8 @@ def status(environment: dict[str, str]) -> int:
         print(f"  {name:<13} {what}" + (f", restarted {restarts} times" if restarts else ""))
     local = settings.read({**environment, **{name: str(port) for name, port in found.ports.items()}})
     ready, body = start.get(f"http://127.0.0.1:{local.ports.gateway}/ready")
-    print(f"  ready         {'yes' if ready == 200 else f'no: {body.decode(errors="replace").strip() or "no answer"}'}")
+    why = body.decode(errors="replace").strip() or "no answer"
+    print(f"  ready         {'yes' if ready == 200 else f'no: {why}'}")
     print(f"  API           https://127.0.0.1:{local.ports.https}/v1    logs: {where.logs}")
     return 0 if ready == 200 and set(alive) == set(found.restarts()) else 1
 
@@ -205,9 +206,7 @@ def monitoring(environment: dict[str, str], verb: str) -> int:
     watching = plan.prometheus(local)
     if watching is None:
         raise RefusedError(
-            [
-                f"monitoring needs Docker ({docker.reason}) or, for Prometheus alone, its program (apt-get install prometheus)"
-            ]
+            [f"monitoring needs Docker ({docker.reason}); for Prometheus alone: apt-get install prometheus"]
         )
     taken = machine.port_taken(local.ports.prometheus, "127.0.0.1")
     if taken:
@@ -217,7 +216,8 @@ def monitoring(environment: dict[str, str], verb: str) -> int:
     kept = Plan(str(local.places.state), [watching], None, {"PROMETHEUS_PORT": local.ports.prometheus})
     start.launch(local.places, kept, "monitoring")
     print(
-        f"monitoring: Prometheus on http://127.0.0.1:{local.ports.prometheus}; Grafana, Jaeger, Loki and Promtail need Docker"
+        f"monitoring: Prometheus on http://127.0.0.1:{local.ports.prometheus}; "
+        "Grafana, Jaeger, Loki and Promtail need Docker"
     )
     return 0
 
@@ -286,7 +286,7 @@ VERBS: dict[str, Callable[..., int]] = {
 
 
 def main(argv: list[str]) -> int:
-    """0 when done; 2 for what the operator can mend, with one line each; 1 for a start that failed; 130 when stopped."""
+    """0 when done; 2 for what the operator can mend, a line each; 1 for a start that failed; 130 when stopped."""
     verb = argv[0] if argv else ""
     if verb not in VERBS:
         print(f"usage: scripts/local {'|'.join(VERBS)}", file=sys.stderr)
