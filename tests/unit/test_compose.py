@@ -194,7 +194,7 @@ def test_the_cpu_form_takes_the_gpus_away_and_changes_nothing_else() -> None:
     reserving = {name for name, service in SERVICES.items() if "deploy" in service}
     assert {name for name, service in cpu.items() if service.get("deploy") == "RESET"} == reserving
     touched = {key for service in cpu.values() for key in service}
-    assert touched <= {"image", "build", "environment", "shm_size", "mem_limit", "deploy"}
+    assert touched <= {"image", "build", "environment", "shm_size", "mem_limit", "ulimits", "deploy"}
 
 
 def test_no_secret_stands_in_an_environment_where_a_file_would_do() -> None:
