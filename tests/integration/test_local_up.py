@@ -52,9 +52,9 @@ def left_behind(environment: dict[str, str]) -> list[str]:
     return ports + processes
 
 
-def verb(environment: dict[str, str], name: str) -> subprocess.CompletedProcess[str]:
+def verb(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """One of `make`'s verbs, as a process."""
-    argv = [sys.executable, "-m", "tests.doubles.local_verbs", name]
+    argv = [sys.executable, "-m", "tests.doubles.local_verbs", *words]
     return subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
 
 
@@ -96,6 +96,12 @@ def test_up_twice_and_down(environment: dict[str, str]) -> None:
     answer = subprocess.run(["bash", "-c", f"{command} -sS"], capture_output=True, text=True, check=True).stdout
     assert json.loads(answer)["object"] == "chat.completion"
     assert verb(environment, "status").returncode == 0
+    # Keys are made and listed where the appliance's database is.
+    made = verb(environment, "keys", "create", "--name", "second", "--json")
+    with client(environment, json.loads(made.stdout)["secret"]) as through:
+        chat(through)
+    listed = json.loads(verb(environment, "keys", "list", "--json").stdout)
+    assert {one["name"] for one in listed["data"]} == {"first", "second"}
     # Again: it says so, and shows no key.
     assert "runs already" in up(environment)
     # The secret is nowhere in the state folder.
