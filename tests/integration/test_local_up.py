@@ -10,8 +10,10 @@ import os
 import re
 import signal
 import ssl
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,30 @@ def test_up_twice_and_down(environment: dict[str, str]) -> None:
     with client(environment, key) as through:
         chat(through)
     assert verb(environment, "down").returncode == 0
+
+
+def test_the_whole_path_adds_no_50_ms_to_a_chunk(environment: dict[str, str]) -> None:
+    """The double notes when it sends the first token and the last byte; the client when they arrive. Same clock.
+    Medians, because the machine may be busy; a buffer anywhere would delay every first token by the whole answer."""
+    key = re.findall(r"shown this once: {2}(\S+)", up(environment))[0]
+    body = {"model": settings.EMBEDDED_MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    first, last = [], []
+    with client(environment, key) as through:
+        for number in range(9):
+            sent = {"x-request-id": f"chunk-call-{number}"}
+            with through.stream(
+                "POST", "/v1/chat/completions", json={**body, "max_tokens": 40}, headers=sent
+            ) as answer:
+                moments = [time.time() for line in answer.iter_lines() if '"content":"' in line and '""' not in line]
+            first.append(moments[0])
+            last.append(moments[-1])
+    told = httpx.get(f"http://127.0.0.1:{environment['VLLM_PORT']}/double/requests").json()
+    answers = [one for one in told if (one["request_id"] or "").startswith("chunk-call-")]
+    assert [one["completion_tokens"] for one in answers] == [40] * 9
+    delays = [arrived - one["first_token_at"] for arrived, one in zip(first, answers, strict=True)]
+    assert statistics.median(delays) < 0.05
+    # 40 tokens at 2 ms: what was held back would arrive all at once.
+    assert statistics.median(end - begin for begin, end in zip(first, last, strict=True)) > 0.04
 
 
 def test_what_dies_comes_back_and_a_certificate_is_taken_over(environment: dict[str, str], tmp_path: Path) -> None:

@@ -87,3 +87,9 @@ def test_letsencrypt_needs_the_pinned_image() -> None:
 def test_hsts_only_on_request() -> None:
     assert "Strict-Transport" not in render(EDGE, RENDERED_FOR[-1])
     assert "Strict-Transport-Security max-age=63072000" in render(replace(EDGE, hsts=True), RENDERED_FOR[-1])
+
+
+def test_idle_connections_are_closed_by_nginx_before_the_gateway_does() -> None:
+    source = (nginx_conf.TEMPLATE.parents[1] / "services/gateway/src/gateway/server.py").read_text()
+    [seconds] = re.findall(r"keep_alive_timeout = ([0-9.]+)", source)
+    assert EDGE.upstream_keepalive_seconds < float(seconds)
