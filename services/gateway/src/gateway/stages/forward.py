@@ -23,6 +23,7 @@ from gateway.errors import (
     ModelNotFound,
     NoBackend,
     RequestTooLarge,
+    UnknownRoute,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -317,6 +318,8 @@ def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
     if status in (400, 404, 405, 413, 415, 422, 501):
         call.outcome = Outcome.REJECTED
         message, param = _message_in(body)
+        if status in (404, 405) and not message:
+            return UnknownRoute(f"This model does not offer {call.path}.")
         if status == 404:
             return ModelNotFound(message or "The engine does not know this model.", param=param)
         if status == 413:
