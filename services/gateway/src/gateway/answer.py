@@ -1,0 +1,275 @@
+"""The answers' side of the dialects, without I/O: usage, what to strip, where a stream ends, how a broken one ends.
+
+A stream is relayed as bytes. Only whole events leave (`feed` keeps a rest until its blank line has come), so that an
+event of ours can follow any relayed byte, and the terminal event is kept back until the call has been recorded.
+
+The byte patterns below cannot be forged by generated text: inside a JSON string every quotation mark is escaped, so
+`"usage":{` only ever stands for the field.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from gateway.call import Usage
+from gateway.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from gateway.errors import GatewayError
+    from gateway.wire import Request
+
+MAX_EVENT_BYTES = 4 * 1024 * 1024
+
+DONE = b"data: [DONE]\n\n"
+_OBJECT = rb"\{(?:[^{}]|\{[^{}]*\})*\}"
+_USAGE = re.compile(rb'"usage":(' + _OBJECT + rb")")
+_USAGE_FIELD = re.compile(rb',"usage":' + _OBJECT)
+_USAGE_EVENT = re.compile(rb'data: \{[^\n]*"choices":\[\][^\n]*\n\n')
+_INDEX = re.compile(rb'"index":(\d+)')
+_ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: \{"error"')
+_SEQUENCE = re.compile(rb'"sequence_number":(\d+)')
+_RESPONSE_ID = re.compile(rb'"response":\{"id":"([A-Za-z0-9_-]{1,128})"')
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    """The union of the dialects' usage objects."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None
+    seconds: float | None = None  # transcriptions report the length of the audio
+
+
+class _Message(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+class _Body(msgspec.Struct):
+    """A JSON answer, or the data of one event, as far as it concerns usage."""
+
+    usage: _Usage | None = None
+    message: _Message | None = None  # message_start
+    response: _Message | None = None  # response.completed
+
+
+_usage = msgspec.json.Decoder(_Usage)
+_body = msgspec.json.Decoder(_Body)
+
+# Whisper-style encoders make 50 positions of a second of audio; the engine reports seconds instead of tokens.
+AUDIO_TOKENS_PER_SECOND = 50
+
+
+def note(usage: Usage, said: _Usage) -> None:
+    """Take over what the engine said; a field that it left out keeps its value."""
+    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
+    completion = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
+    if prompt is None and said.total_tokens is not None:
+        prompt = said.total_tokens - (completion or 0)
+    if prompt is None and said.seconds is not None:
+        prompt = round(said.seconds * AUDIO_TOKENS_PER_SECOND)
+    if prompt is not None:
+        usage.prompt = prompt
+    if completion is not None:
+        usage.completion = completion
+    details = said.prompt_tokens_details or said.input_tokens_details
+    if details is not None and details.cached_tokens is not None:
+        usage.cached = details.cached_tokens
+    elif said.cache_read_input_tokens:
+        usage.cached = said.cache_read_input_tokens
+    usage.known = True
+
+
+def note_body(usage: Usage, body: bytes) -> None:
+    """Read the usage of a whole JSON answer; a body that is not JSON says nothing."""
+    try:
+        said = _body.decode(body).usage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return
+    if said is not None:
+        note(usage, said)
+
+
+class Stream:
+    """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is the
+    dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
+
+    __slots__ = ("_by_index", "_request", "_response_id", "_rest", "_sequence", "ended", "tail", "tokens", "usage")
+
+    def __init__(self, request: Request, usage: Usage) -> None:
+        self._request = request
+        self._rest = b""
+        self._by_index: dict[bytes, tuple[int, int]] = {}
+        self._sequence = -1
+        self._response_id = ""
+        self.usage = usage
+        self.ended = False
+        self.tail = b""
+        self.tokens = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes as they came. Raises `UpstreamError` where the engine itself reports that the stream broke."""
+        if self._rest:
+            data = self._rest + data
+        cut = data.rfind(b"\n\n") + 2
+        if cut == 1:
+            if len(data) > MAX_EVENT_BYTES:
+                raise UpstreamError("The engine sent an event that is too long.")
+            self._rest = data
+            return b""
+        if cut == len(data):
+            self._rest = b""
+        else:
+            data, self._rest = data[:cut], data[cut:]
+        if self.ended:
+            return b""  # nothing follows the terminal event
+        dialect = self._request.endpoint.dialect
+        if dialect == "openai":
+            return self._openai(data)
+        return self._messages(data) if dialect == "messages" else self._responses(data)
+
+    def _openai(self, data: bytes) -> bytes:
+        if b'data: {"error"' in data and (error := _ERROR_EVENT.search(data)):
+            raise _Broken(self._openai_usage(data[: error.start() + 2] if error.start() else b""))
+        if data.endswith(DONE):
+            self.ended = True
+            self.tail = DONE
+            data = data[: -len(DONE)]
+        return self._openai_usage(data)
+
+    def _openai_usage(self, data: bytes) -> bytes:
+        at = data.rfind(b'"usage":{')
+        if at < 0:
+            return data
+        if self._request.n > 1:
+            self._note_each(data)
+        elif found := _USAGE.match(data, at):
+            note(self.usage, _usage.decode(found[1]))
+        if self.usage.completion > 0:
+            self.tokens = True
+        request = self._request
+        if request.wants_running_usage:
+            return data
+        if b'"choices":[]' not in data:
+            return _USAGE_FIELD.sub(b"", data)
+        if not request.wants_usage:
+            return _USAGE_FIELD.sub(b"", _USAGE_EVENT.sub(b"", data))
+        return b"".join(event if b'"choices":[]' in event else _USAGE_FIELD.sub(b"", event) for event in _events(data))
+
+    def _note_each(self, data: bytes) -> None:
+        """Several choices: each chunk's usage counts its own choice, the last event's counts all."""
+        for event in _events(data):
+            found = _USAGE.search(event)
+            if found is None:
+                continue
+            said = _usage.decode(found[1])
+            if b'"choices":[]' in event:
+                note(self.usage, said)
+            elif index := _INDEX.search(event):
+                self._by_index[index[1]] = (said.prompt_tokens or 0, said.completion_tokens or 0)
+                self.usage.prompt = max(prompt for prompt, _ in self._by_index.values())
+                self.usage.completion = sum(completion for _, completion in self._by_index.values())
+                self.usage.known = True
+
+    def _messages(self, data: bytes) -> bytes:
+        # Between message_start and message_delta the engine counts nothing aloud: a delta is at least one token.
+        deltas = data.count(b"event: content_block_delta")
+        if deltas:
+            self.tokens = True
+            self.usage.completion += deltas
+        for event in _events(data) if b'"usage"' in data or b"event: error" in data else ():
+            if event.startswith(b"event: error"):
+                raise _Broken(data[: data.index(event)])
+            if event.startswith((b"event: message_start", b"event: message_delta")):
+                self._note_event(event)
+        return self._end_at(data, (b"event: message_stop\n",))
+
+    def _responses(self, data: bytes) -> bytes:
+        deltas = data.count(b".delta\ndata:")
+        if deltas:
+            self.tokens = True
+            self.usage.completion += deltas
+        if not self._response_id and (found := _RESPONSE_ID.search(data)):
+            self._response_id = found[1].decode()
+        if sequences := _SEQUENCE.findall(data):
+            self._sequence = int(sequences[-1])
+        for event in _events(data):
+            if event.startswith((b"event: response.failed", b"event: error")):
+                raise _Broken(data[: data.index(event)])
+            if event.startswith((b"event: response.completed", b"event: response.incomplete")):
+                self._note_event(event)
+        return self._end_at(data, (b"event: response.completed\n", b"event: response.incomplete\n"))
+
+    def _note_event(self, event: bytes) -> None:
+        payload = event.partition(b"data:")[2]
+        try:
+            body = _body.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        for said in (body.usage, body.message and body.message.usage, body.response and body.response.usage):
+            if said is not None:
+                note(self.usage, said)
+
+    def _end_at(self, data: bytes, marks: tuple[bytes, ...]) -> bytes:
+        for mark in marks:
+            at = 0 if data.startswith(mark) else data.find(b"\n\n" + mark) + 2
+            if at != 1:
+                self.ended = True
+                self.tail = data[at:]
+                return data[:at]
+        return data
+
+    def broken(self, error: GatewayError, request_id: str) -> bytes:
+        """The one event that tells the client, in its dialect, that this stream did not end well."""
+        dialect = self._request.endpoint.dialect
+        if dialect == "messages":
+            return b"event: error\ndata: " + error_body(error, dialect) + b"\n\n"
+        if dialect == "responses":
+            failed = {
+                "type": "response.failed",
+                "sequence_number": self._sequence + 1,
+                "response": {
+                    "id": self._response_id or f"resp_{request_id}",
+                    "object": "response",
+                    "created_at": int(time.time()),
+                    "status": "failed",
+                    "model": self._request.model,
+                    "output": [],
+                    "error": {"code": "server_error", "message": error.message},
+                },
+            }
+            return b"event: response.failed\ndata: " + msgspec.json.encode(failed) + b"\n\n"
+        return b"data: " + error_body(error, dialect) + b"\n\n"
+
+
+class _Broken(UpstreamError):
+    """The engine reported a failure inside the stream; `before` are the whole events that came before it."""
+
+    def __init__(self, before: bytes) -> None:
+        super().__init__("The engine failed while it was answering.")
+        self.before = before
+
+
+def error_body(error: GatewayError, dialect: str) -> bytes:
+    """The error as a JSON body; Anthropic's envelope around the same object where that dialect is spoken."""
+    body = error.body()
+    if dialect == "messages":
+        body = {"type": "error", **body}
+    return msgspec.json.encode(body)
+
+
+def _events(data: bytes) -> list[bytes]:
+    """Whole events with their blank lines."""
+    return [event + b"\n\n" for event in data.split(b"\n\n")[:-1]]

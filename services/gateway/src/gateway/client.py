@@ -1,0 +1,107 @@
+"""The caller's side of one call as raw ASGI: head, bounded body, answer, and the news that it has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from gateway.errors import ClientGone, InvalidRequest, RequestTooLarge
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
+
+
+class Headers:
+    """Request headers: lower-case names; of a header that stands twice the first counts."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
+        self._values: dict[bytes, bytes] = {}
+        for name, value in raw:
+            self._values.setdefault(name, value)
+
+    def get(self, name: bytes) -> bytes | None:
+        """The value, or None."""
+        return self._values.get(name)
+
+    def text(self, name: bytes) -> str:
+        """The value as text, empty if missing."""
+        return self._values.get(name, b"").decode("latin-1")
+
+
+class Client:
+    """One request and its answer. Sending is a matter of one task at a time; `started` says whether a head is out."""
+
+    __slots__ = ("_receive", "_send", "_watcher", "gone", "headers", "started")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._watcher: asyncio.Task[None] | None = None
+        self.headers = Headers(scope["headers"])
+        self.started = False
+        self.gone = False
+
+    async def body(self, limit: int) -> bytes:
+        """The whole body. Raises `RequestTooLarge` above `limit` bytes and `ClientGone` when it breaks off."""
+        too_large = f"The body is larger than the limit of {limit} bytes."
+        length = self.headers.get(b"content-length")
+        if length is not None:
+            if not length.isdigit():
+                raise InvalidRequest("Content-Length is not a number.")
+            if int(length) > limit:
+                raise RequestTooLarge(too_large)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.gone = True
+                raise ClientGone("The client closed the connection while it was sending.")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise RequestTooLarge(too_large)
+            parts.append(part)
+            if not message.get("more_body", False):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def watch(self, scope: Scope, on_gone: Callable[[], None]) -> None:
+        """Call `on_gone` once the client has gone. Only after the body is read.
+
+        Our own connection protocol offers a registration; elsewhere one task waits for the disconnect.
+        """
+        register = (scope.get("extensions") or {}).get("gateway.disconnect")
+        if register is not None:
+            register(on_gone)
+        else:
+            self._watcher = asyncio.create_task(self._watch(on_gone))
+
+    async def _watch(self, on_gone: Callable[[], None]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        on_gone()
+
+    def unwatch(self) -> None:
+        """Stop watching; idempotent."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+    async def start(self, status: int, headers: RawHeaders) -> None:
+        """Send the head."""
+        self.started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, data: bytes) -> None:
+        """Send a part of the body; waits while the client reads slower than we write."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last part of the body."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})

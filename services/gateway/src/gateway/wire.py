@@ -1,0 +1,277 @@
+"""The dialects, without I/O: which routes exist, what a request asks for, what its bytes become for the engine.
+
+Requests are parsed only as far as needed: top-level fields stay raw bytes (`msgspec.Raw`), and the body that goes to
+the engine is built from them, so unknown fields travel untouched and a key that stands twice stands once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from gateway.call import Priority
+from gateway.errors import InvalidRequest
+from gateway.media import media_in
+
+Raw = msgspec.Raw
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One relayed route. `name` is a metric label and ledger value; `upstream` is vLLM's path.
+
+    `output_field` is the field that bounds the output (None: the endpoint generates nothing).
+    """
+
+    name: str
+    path: str
+    upstream: str
+    dialect: str  # openai | responses | messages
+    output_field: str | None = None
+    default_output: int | None = None  # what the engine generates when the field is missing; None = to its length
+    multipart: bool = False
+    streams: bool = False
+    metered: bool = True
+
+
+ENDPOINTS: dict[str, Endpoint] = {
+    e.path: e
+    for e in (
+        Endpoint("chat_completions", "/v1/chat/completions", "/v1/chat/completions", "openai",
+                 "max_completion_tokens", streams=True),
+        Endpoint("completions", "/v1/completions", "/v1/completions", "openai", "max_tokens", 16, streams=True),
+        Endpoint("embeddings", "/v1/embeddings", "/v1/embeddings", "openai"),
+        Endpoint("rerank", "/v1/rerank", "/v1/rerank", "openai"),
+        Endpoint("score", "/v1/score", "/v1/score", "openai"),
+        Endpoint("responses", "/v1/responses", "/v1/responses", "responses", "max_output_tokens", streams=True),
+        Endpoint("messages", "/v1/messages", "/v1/messages", "messages", "max_tokens", streams=True),
+        Endpoint("count_tokens", "/v1/messages/count_tokens", "/v1/messages/count_tokens", "messages",
+                 metered=False),
+        Endpoint("transcriptions", "/v1/audio/transcriptions", "/v1/audio/transcriptions", "openai",
+                 multipart=True, streams=True),
+        Endpoint("tokenize", "/v1/tokenize", "/tokenize", "openai", metered=False),
+        Endpoint("detokenize", "/v1/detokenize", "/detokenize", "openai", metered=False),
+    )
+}  # fmt: skip
+
+
+class Request:
+    """What one body asks for.
+
+    `prompt_bound` is an upper bound of the prompt's tokens, `prompt_estimate` a likely number; `max_output` is what
+    the caller asked for per choice (None: nothing), `output_limit` what the budget stage decided (None: leave it).
+    """
+
+    __slots__ = (
+        "affinity", "body_bytes", "endpoint", "fields", "max_output", "media", "model", "n", "output_limit",
+        "priority", "prompt_bound", "prompt_estimate", "raw", "stream", "wants_running_usage", "wants_usage",
+    )  # fmt: skip
+
+    def __init__(self, endpoint: Endpoint, raw: bytes, model: str) -> None:
+        self.endpoint = endpoint
+        self.raw = raw
+        self.body_bytes = len(raw)
+        self.model = model  # as the caller named it
+        self.fields: dict[str, Raw] = {}
+        self.stream = False
+        self.wants_usage = False  # the caller asked for the final usage chunk
+        self.wants_running_usage = False  # … for usage on every chunk
+        self.n = 1  # sequences generated: n (or best_of) times prompts
+        self.media = 0
+        self.max_output: int | None = None
+        self.output_limit: int | None = None
+        self.prompt_bound = 0
+        self.prompt_estimate = 0
+        self.priority: Priority | None = None
+        self.affinity: int | None = None  # same conversation, same number
+
+    @property
+    def output_tokens(self) -> int | None:
+        """Most tokens that the call can generate over all choices; None while nothing bounds it."""
+        if self.endpoint.output_field is None:
+            return 0
+        limit = self.output_limit if self.output_limit is not None else self.max_output
+        return None if limit is None else limit * self.n
+
+
+# What vLLM would obey and no caller may say: scheduling, transfer between engines, internal identifiers.
+STRIPPED = frozenset(
+    ("priority", "request_id", "kv_transfer_params", "ec_transfer_params", "mm_processor_kwargs", "vllm_xargs",
+     "bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank")
+)  # fmt: skip
+
+# Prompt tokens are never more than the text's bytes (byte-level and byte-fallback tokenizers) plus what a chat
+# template adds by itself: a default system prompt, role marks (shorter than their JSON); for tools also
+# instructions and indenting.
+TEMPLATE_TOKENS = 128
+TOOL_TEMPLATE_TOKENS = 512
+BYTES_PER_TOKEN = 4  # a usual text; only for estimates
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What one request may ask for; see the settings of the same names."""
+
+    n: int = 8
+    logprobs: int = 20
+    output_tokens: int = 0
+    prompts: int = 256
+    media: int = 16
+    media_tokens: int = 4096
+    remote_media: bool = False
+
+
+class Head(msgspec.Struct):
+    """The fields that the gateway itself looks at; everything else stays unread."""
+
+    model: str | None = None
+    stream: bool | None = None
+    n: int | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    logprobs: int | bool | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stream_options: dict[str, Any] | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+
+
+_head = msgspec.json.Decoder(Head)
+_fields = msgspec.json.Decoder(dict[str, Raw])
+_items = msgspec.json.Decoder(list[Raw])
+
+
+def parse(endpoint: Endpoint, raw: bytes, caps: Caps) -> Request:
+    """Check a JSON body and say what it asks for. Raises `InvalidRequest` with the parameter's name."""
+    try:
+        fields = _fields.decode(raw)
+        head = _head.decode(raw)
+    except msgspec.ValidationError as error:
+        param = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else None
+        what = f"'{param}' has the wrong type." if param else "The body must be one JSON object."
+        raise InvalidRequest(what, param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidRequest("The body is not valid JSON.") from None
+    if not head.model:
+        raise InvalidRequest("'model' is missing.", param="model")
+    request = Request(endpoint, raw, head.model)
+    request.fields = fields
+    request.stream = endpoint.streams and head.stream is True
+    if endpoint.output_field is not None:
+        _read_output(request, head, caps)
+    if endpoint.name == "responses":
+        _refuse_stored_responses(head)
+    prompts = _count_prompts(endpoint, fields, caps)
+    request.n *= prompts if endpoint.name == "completions" else 1
+    media, media_bytes = media_in(raw, fields, caps.remote_media)
+    if media > caps.media:
+        raise InvalidRequest(f"At most {caps.media} images, audios or videos are accepted in one call.")
+    request.media = media
+    text = max(0, request.body_bytes - media_bytes)
+    extra = 0
+    if (tools := fields.get("tools")) is not None:
+        extra = len(memoryview(tools)) + TOOL_TEMPLATE_TOKENS
+    request.prompt_bound = text + TEMPLATE_TOKENS + extra + media * caps.media_tokens
+    request.prompt_estimate = max(1, text // BYTES_PER_TOKEN) + media * caps.media_tokens
+    conversation = fields.get("messages") or fields.get("input") or fields.get("prompt")
+    if conversation is not None:
+        # A conversation grows at its end: its beginning tells it from others and finds the engine with its cache.
+        request.affinity = zlib.crc32(memoryview(conversation)[:2048])
+    return request
+
+
+def _read_output(request: Request, head: Head, caps: Caps) -> None:
+    endpoint = request.endpoint
+    name = endpoint.output_field or ""
+    wanted: int | None = getattr(head, name)
+    if wanted is None and endpoint.name == "chat_completions":
+        wanted = head.max_tokens
+    if wanted is not None and wanted < 1:
+        raise InvalidRequest(f"'{name}' must be at least 1.", param=name)
+    request.max_output = wanted if wanted is not None else endpoint.default_output
+    if caps.output_tokens and (request.max_output is None or request.max_output > caps.output_tokens):
+        request.output_limit = caps.output_tokens
+    for name, value in (("n", head.n), ("best_of", head.best_of)):
+        if value is not None:
+            if not 1 <= value <= caps.n:
+                raise InvalidRequest(f"'{name}' must be between 1 and {caps.n}.", param=name)
+            request.n = max(request.n, value)
+    for name, value in (
+        ("logprobs", head.logprobs),
+        ("top_logprobs", head.top_logprobs),
+        ("prompt_logprobs", head.prompt_logprobs),
+    ):
+        if value is not None and int(value) > caps.logprobs:
+            raise InvalidRequest(f"'{name}' must be at most {caps.logprobs}.", param=name)
+    if request.stream and head.stream_options:
+        request.wants_usage = bool(head.stream_options.get("include_usage"))
+        request.wants_running_usage = request.wants_usage and bool(head.stream_options.get("continuous_usage_stats"))
+
+
+def _refuse_stored_responses(head: Head) -> None:
+    # Answers kept inside the engine would outlive the call, escape the ledger and be readable by other keys.
+    if head.background:
+        raise InvalidRequest("'background' is not offered: answers are not stored.", param="background")
+    if head.previous_response_id:
+        raise InvalidRequest(
+            "'previous_response_id' is not offered: answers are not stored; send the conversation in 'input'.",
+            param="previous_response_id",
+        )
+
+
+_BATCHES = ("prompt", "input", "documents", "text_1", "text_2", "queries", "data_1", "data_2")
+
+
+def _count_prompts(endpoint: Endpoint, fields: dict[str, Raw], caps: Caps) -> int:
+    count = 1
+    if endpoint.name in ("chat_completions", "responses", "messages", "tokenize"):
+        return count
+    for name in _BATCHES:
+        raw = fields.get(name)
+        if raw is None or bytes(memoryview(raw)[:1]) != b"[":
+            continue
+        items = _items.decode(raw)
+        if not items or memoryview(items[0])[0] in b"-0123456789":
+            continue  # one prompt as token numbers
+        if len(items) > caps.prompts:
+            raise InvalidRequest(f"'{name}' may have at most {caps.prompts} entries.", param=name)
+        count = max(count, len(items))
+    return count
+
+
+def payload(request: Request, served_model: str) -> bytes:
+    """The body for the engine: the caller's fields less `STRIPPED`, with the served model's name, the output limit that
+    the budget decided, and running usage asked for on every stream."""
+    fields = {name: value for name, value in request.fields.items() if name not in STRIPPED}
+    if served_model != request.model:
+        fields["model"] = _encode(served_model)
+    endpoint = request.endpoint
+    if request.output_limit is not None and endpoint.output_field is not None:
+        name = endpoint.output_field
+        if endpoint.name == "chat_completions" and name not in fields and "max_tokens" in fields:
+            name = "max_tokens"
+        fields[name] = _encode(request.output_limit)
+    if request.stream and endpoint.dialect == "openai":
+        asked = fields.get("stream_options")
+        if asked is None or bytes(memoryview(asked)) in (b"{}", b"null"):
+            fields["stream_options"] = _USAGE_OPTIONS
+        else:
+            options = _fields.decode(asked)
+            options["include_usage"] = options["continuous_usage_stats"] = Raw(b"true")
+            fields["stream_options"] = _encode(options)
+    if endpoint.name == "responses":
+        fields["store"] = Raw(b"false")
+    return msgspec.json.encode(fields)
+
+
+_USAGE_OPTIONS = Raw(b'{"include_usage":true,"continuous_usage_stats":true}')
+
+
+def _encode(value: Any) -> Raw:
+    return Raw(msgspec.json.encode(value))
