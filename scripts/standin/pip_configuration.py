@@ -1,7 +1,7 @@
 """Copies this machine's pip configuration, and the folders it names, into an image's file tree.
 
-Folders too large for an image (`MOST_BYTES`) are left out together with their entry: an entry that the image cannot
-reach would make installations fail.
+Folders too large for an image (`MOST_BYTES`) are left out together with their entry: an entry that the image
+cannot reach would make installations fail.
 """
 
 import configparser
