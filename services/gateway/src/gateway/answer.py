@@ -9,6 +9,7 @@ The byte patterns below cannot be forged by generated text: inside a JSON string
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from typing import TYPE_CHECKING
@@ -102,9 +103,17 @@ def note_body(usage: Usage, body: bytes) -> None:
         note(usage, said)
 
 
+def note_tail(usage: Usage, tail: bytes) -> None:
+    """Read the usage near the end of a JSON answer that was too large to keep."""
+    at = tail.rfind(b'"usage":{')
+    if at >= 0 and (found := _USAGE.match(tail, at)):
+        with contextlib.suppress(msgspec.DecodeError):
+            note(usage, _usage.decode(found[1]))
+
+
 class Stream:
-    """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is the
-    dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
+    """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is
+    the dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
 
     __slots__ = ("_by_index", "_request", "_response_id", "_rest", "_sequence", "ended", "tail", "tokens", "usage")
 
@@ -142,7 +151,7 @@ class Stream:
 
     def _openai(self, data: bytes) -> bytes:
         if b'data: {"error"' in data and (error := _ERROR_EVENT.search(data)):
-            raise _Broken(self._openai_usage(data[: error.start() + 2] if error.start() else b""))
+            raise BrokenStream(self._openai_usage(data[: error.start() + 2] if error.start() else b""))
         if data.endswith(DONE):
             self.ended = True
             self.tail = DONE
@@ -191,7 +200,7 @@ class Stream:
             self.usage.completion += deltas
         for event in _events(data) if b'"usage"' in data or b"event: error" in data else ():
             if event.startswith(b"event: error"):
-                raise _Broken(data[: data.index(event)])
+                raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: message_start", b"event: message_delta")):
                 self._note_event(event)
         return self._end_at(data, (b"event: message_stop\n",))
@@ -207,7 +216,7 @@ class Stream:
             self._sequence = int(sequences[-1])
         for event in _events(data):
             if event.startswith((b"event: response.failed", b"event: error")):
-                raise _Broken(data[: data.index(event)])
+                raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: response.completed", b"event: response.incomplete")):
                 self._note_event(event)
         return self._end_at(data, (b"event: response.completed\n", b"event: response.incomplete\n"))
@@ -218,9 +227,9 @@ class Stream:
             body = _body.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
-        for said in (body.usage, body.message and body.message.usage, body.response and body.response.usage):
-            if said is not None:
-                note(self.usage, said)
+        for part in (body, body.message, body.response):
+            if part is not None and part.usage is not None:
+                note(self.usage, part.usage)
 
     def _end_at(self, data: bytes, marks: tuple[bytes, ...]) -> bytes:
         for mark in marks:
@@ -254,7 +263,7 @@ class Stream:
         return b"data: " + error_body(error, dialect) + b"\n\n"
 
 
-class _Broken(UpstreamError):
+class BrokenStream(UpstreamError):
     """The engine reported a failure inside the stream; `before` are the whole events that came before it."""
 
     def __init__(self, before: bytes) -> None:

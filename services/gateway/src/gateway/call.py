@@ -124,6 +124,7 @@ class Call:
     """One request on its way through the stages. Owned by one task; `abort` may be called from elsewhere."""
 
     __slots__ = (
+        "answer",
         "backend",
         "caller",
         "cause",
@@ -133,6 +134,7 @@ class Call:
         "grant",
         "hold",
         "ip",
+        "limit_headers",
         "mark",
         "outcome",
         "path",
@@ -163,6 +165,8 @@ class Call:
         self.hold: Hold | None = None
         self.grant: Any = None  # capacity's receipt for a place in the engine
         self.backend: Any = None  # dispatch's choice
+        self.answer: Any = None  # the stream under way, which knows how to end broken
+        self.limit_headers: dict[str, str] = {}  # x-ratelimit-*, set by the budget stage
         self.usage = Usage()
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None  # what the caller was, or would have been, told
@@ -183,6 +187,14 @@ class Call:
         self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self.mark
         self.stage = stage
         self.mark = now
+
+    def server_timing(self) -> bytes:
+        """Where the time went so far, for the header: stages in milliseconds, then the whole."""
+        now = time.perf_counter()
+        seconds = dict(self.stage_seconds)
+        seconds[self.stage] = seconds.get(self.stage, 0.0) + now - self.mark
+        parts = [f"{stage};dur={value * 1000:.2f}" for stage, value in seconds.items()]
+        return f"{', '.join(parts)}, total;dur={(now - self.started) * 1000:.2f}".encode()
 
     def abort(self, cause: GatewayError) -> None:
         """End the call from outside (client left, key revoked, gateway stops). The first cause wins."""

@@ -1,0 +1,66 @@
+"""Log lines leave through one thread, so that a slow reader of stdout never stops the event loop. Bounded; what does
+not fit is dropped and counted."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+
+MAX_LINES = 20_000
+BATCH_SECONDS = 0.02  # lines wait at most this long, and leave in one write
+
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class LineWriter:
+    """Writes JSON objects, one a line, to a file descriptor."""
+
+    def __init__(self, descriptor: int = 1) -> None:
+        self._descriptor = descriptor
+        self._lines: deque[bytes] = deque()
+        self._wake = threading.Event()
+        self._stop = False
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="log-lines", daemon=True)
+        self._thread.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Queue one line; never waits."""
+        if len(self._lines) >= MAX_LINES:
+            self.dropped += 1
+            return
+        self._lines.append(_encode(record) + b"\n")
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            if not self._stop:
+                time.sleep(BATCH_SECONDS)
+            self._wake.clear()
+            stop = self._stop
+            self._drain()
+            if stop:
+                return
+
+    def _drain(self) -> None:
+        while self._lines:
+            batch = b"".join(self._lines.popleft() for _ in range(min(len(self._lines), 500)))
+            view = memoryview(batch)
+            try:
+                while view:
+                    view = view[os.write(self._descriptor, view) :]
+            except OSError:
+                self.dropped += batch.count(b"\n")  # the reader is gone; serving goes on
+
+    def close(self, seconds: float = 2.0) -> None:
+        """Write what is left, waiting at most `seconds`."""
+        self._stop = True
+        self._wake.set()
+        self._thread.join(seconds)

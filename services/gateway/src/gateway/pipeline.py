@@ -1,0 +1,207 @@
+"""The six stages in their order, one call a task, one `finally`. Outcomes are decided and errors rendered only here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from gateway import answer, multipart, wire
+from gateway.call import Call, Outcome
+from gateway.errors import (
+    CallerError,
+    CapacityError,
+    ClientGone,
+    GatewayError,
+    InternalError,
+    InvalidRequest,
+    KeyDisabled,
+    KeyExpired,
+    LedgerUnavailable,
+    QueueFull,
+    ShuttingDown,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.client import Client, RawHeaders, Scope
+    from gateway.settings import Settings
+    from gateway.wire import Endpoint
+
+BODY_SECONDS = 60.0  # time to send a body; nginx has read it whole before, so only direct callers can be slow
+
+
+class Pipeline:
+    """Runs calls. `calls` are those under way; `draining` refuses new ones."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        auth: Any,
+        budget: Any,
+        capacity: Any,
+        forward: Any,
+        ledger: Any,
+        telemetry: Any,
+    ) -> None:
+        self._settings = settings
+        self._auth = auth
+        self._budget = budget
+        self._capacity = capacity
+        self._forward = forward
+        self._ledger = ledger
+        self._telemetry = telemetry
+        self._caps = wire.Caps(
+            n=settings.max_n,
+            logprobs=settings.max_logprobs,
+            output_tokens=settings.max_output_tokens,
+            prompts=settings.max_prompts,
+            media=settings.max_media,
+            media_tokens=settings.media_tokens,
+            remote_media=settings.remote_media,
+        )
+        self._body_bytes = 0
+        self.calls: dict[str, Call] = {}
+        self.draining = False
+
+    async def run(self, scope: Scope, client: Client, endpoint: Endpoint, request_id: str, ip: str) -> None:
+        """Take one call through the stages, from its head to its record. Never raises a `GatewayError`."""
+        if request_id in self.calls:
+            request_id = renamed(request_id)
+        call = Call(request_id, endpoint, scope["path"], ip)
+        task = call.task = asyncio.current_task()
+        assert task is not None
+        self.calls[request_id] = call
+        self._telemetry.begin(call, client.headers)
+        reserved = 0
+        try:
+            if self.draining:
+                raise ShuttingDown("The service is restarting.")
+            self._auth.identify(call, client.headers)
+            reserved = self._reserve(client)
+            await self._read(call, client)
+            self._auth.allow(call)
+            client.watch(scope, lambda: call.abort(ClientGone("The client closed the connection.")))
+            call.enter("budget")
+            await self._hold(call)
+            call.enter("capacity")
+            await self._capacity.enter(call)
+            call.enter("forward")
+            await self._forward.exchange(call, client)
+            call.status = 200
+        except GatewayError as error:
+            await self._fail(call, client, error, scope)
+        except asyncio.CancelledError:
+            if call.cause is None:
+                call.outcome = call.outcome or Outcome.CANCELLED
+                raise
+            task.uncancel()
+            if not call.settled:
+                await self._fail(call, client, call.cause, scope)
+        except Exception as error:  # the one place that turns a fault of ours into an answer
+            self._telemetry.fault(call, error)
+            await self._fail(call, client, InternalError("An internal error; the request id leads to it."), scope)
+        finally:
+            call.enter("ledger")
+            client.unwatch()
+            self._body_bytes -= reserved
+            self._capacity.leave(call)
+            self._ledger.close(call)
+            self._budget.release(call)
+            self.calls.pop(call.request_id, None)
+            self._telemetry.end(call)
+            call.task = call.answer = call.grant = None  # nothing may keep a finished call alive
+
+    def _reserve(self, client: Client) -> int:
+        """Take room for the body among all bodies in flight; the length is known, or it is taken to be the largest."""
+        length = client.headers.get(b"content-length")
+        size = self._settings.max_body_bytes
+        if length is not None and length.isdigit():
+            size = min(size, int(length))
+        if self._body_bytes + size > self._settings.bodies_in_flight_bytes:
+            raise QueueFull("Too many large requests are under way.", limit="bodies_in_flight_bytes")
+        self._body_bytes += size
+        return size
+
+    async def _read(self, call: Call, client: Client) -> None:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                raw = await client.body(self._settings.max_body_bytes)
+        except TimeoutError:
+            raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
+        if call.endpoint.multipart:
+            call.request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
+        else:
+            call.request = wire.parse(call.endpoint, raw, self._caps)
+
+    async def _hold(self, call: Call) -> None:
+        # A caller may choose its request id, and the ledger has each id once: a used one is extended.
+        while not await self._budget.hold(call):
+            self.calls.pop(call.request_id, None)
+            call.request_id = renamed(call.request_id)
+            self.calls[call.request_id] = call
+
+    async def _fail(self, call: Call, client: Client, error: GatewayError, scope: Scope) -> None:
+        call.error = error
+        if call.outcome is None or call.outcome is Outcome.OK:
+            call.outcome = outcome_of(error, running=call.cause is error)
+        call.status = call.status or error.status
+        if isinstance(error, ClientGone):
+            return
+        if not client.started:
+            body = answer.error_body(error, call.endpoint.dialect)
+            await client.start(error.status, self._error_head(call, error, body))
+            await client.end(body)
+            return
+        if (close := (scope.get("extensions") or {}).get("gateway.close")) is not None:
+            close()
+        if call.answer is None:
+            return  # a JSON body that cannot be completed: the connection breaks, and that is the truth
+        with contextlib.suppress(LedgerUnavailable):  # the stream has failed already; `close` keeps trying
+            await self._ledger.settle(call)
+        await client.end(call.answer.broken(error, call.request_id))
+
+    def _error_head(self, call: Call, error: GatewayError, body: bytes) -> RawHeaders:
+        headers: RawHeaders = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", call.request_id.encode()),
+            (b"server-timing", call.server_timing()),
+        ]
+        fields = {**call.limit_headers, **error.headers()}
+        headers += [(name.encode(), value.encode()) for name, value in fields.items()]
+        return headers
+
+    async def drain(self, seconds: float, on_progress: Callable[[int], None]) -> None:
+        """Refuse new calls, give running ones `seconds`, end the rest with a terminal event."""
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.calls and asyncio.get_running_loop().time() < deadline:
+            on_progress(len(self.calls))
+            tasks = [call.task for call in self.calls.values() if call.task is not None]
+            left = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait(tasks, timeout=min(1.0, max(0.0, left)), return_when=asyncio.ALL_COMPLETED)
+        tasks = [call.task for call in self.calls.values() if call.task is not None]
+        for call in list(self.calls.values()):
+            call.abort(ShuttingDown("The service is restarting."))
+        if tasks:
+            await asyncio.wait(tasks, timeout=5.0)
+
+
+def outcome_of(error: GatewayError, *, running: bool) -> Outcome:
+    """How a call that ends with `error` is counted; `running`: it was ended from outside by this error."""
+    if isinstance(error, ClientGone):
+        return Outcome.CANCELLED
+    if running and isinstance(error, KeyDisabled | KeyExpired):
+        return Outcome.REVOKED
+    if running and isinstance(error, ShuttingDown):
+        return Outcome.INTERRUPTED
+    return Outcome.REFUSED if isinstance(error, CallerError | CapacityError) else Outcome.FAILED
+
+
+def renamed(request_id: str) -> str:
+    """Another id that still shows the caller's."""
+    return f"{request_id[:64]}.{secrets.token_hex(4)}"

@@ -1,0 +1,326 @@
+"""Forward: the exchange with the engine, relayed as bytes, ended honestly.
+
+Before the first byte of the answer a failed connection may be tried again, on another engine or the same, within a
+retry budget. After it a failure becomes one error event. Silence is judged by one sweeper for all exchanges instead of
+a timer for each read: an engine that says nothing for too long is given up, and a stream that is silent for a while
+gets a `: keep-alive` comment, so that proxies and people see that it lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gateway import answer, wire
+from gateway.call import Outcome
+from gateway.errors import (
+    GatewayError,
+    InvalidRequest,
+    ModelNotFound,
+    NoBackend,
+    RequestTooLarge,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from gateway.upstream import BrokenConnection, ConnectError, Exchange, Upstream
+
+if TYPE_CHECKING:
+    from gateway.call import Call
+    from gateway.client import Client, RawHeaders
+    from gateway.settings import Settings
+
+KEEP_ALIVE = b": keep-alive\n\n"
+ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
+TAIL_BYTES = 64 * 1024  # where usage stands in a larger one
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
+
+
+class _Silence:
+    """How long one exchange has been silent, and what that means in its phase."""
+
+    __slots__ = ("call", "client", "keep_alive_at", "limit", "ping", "quiet", "since", "what")
+
+    def __init__(self, call: Call, limit: float, now: float) -> None:
+        self.call = call
+        self.client: Client | None = None  # set while comments may be sent
+        self.since = now
+        self.keep_alive_at = now
+        self.limit = limit
+        self.what = "before its first byte"
+        self.quiet = True  # the relay waits for the engine, nothing is being written
+        self.ping: asyncio.Task[None] | None = None
+
+
+class RetryBudget:
+    """At most `ratio` retries a call on the long run, and a few at once after a quiet time."""
+
+    def __init__(self, ratio: float, burst: float = 10.0) -> None:
+        self._ratio = ratio
+        self._burst = burst if ratio > 0 else 0.0
+        self._tokens = self._burst
+
+    def earn(self) -> None:
+        """A call was made."""
+        self._tokens = min(self._burst, self._tokens + self._ratio)
+
+    def take(self) -> bool:
+        """Whether one more retry is allowed; takes it."""
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+
+class Forward:
+    """Relays calls. `start` and `close` frame its life; one per gateway."""
+
+    def __init__(self, settings: Settings, upstream: Upstream, registry: Any, capacity: Any, ledger: Any) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._registry = registry
+        self._capacity = capacity
+        self._ledger = ledger
+        self._budget = RetryBudget(settings.retry_ratio)
+        self._silences: set[_Silence] = set()
+        self._sweeper: asyncio.Task[None] | None = None
+        self.retries = 0
+
+    def start(self) -> None:
+        """Begin to watch for silence."""
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def close(self) -> None:
+        """Stop watching."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        shortest = min(self._settings.first_byte_seconds, self._settings.idle_seconds)
+        if self._settings.keep_alive_seconds:
+            shortest = min(shortest, self._settings.keep_alive_seconds)
+        period = min(0.5, shortest / 4)
+        while True:
+            await asyncio.sleep(period)
+            now = time.perf_counter()
+            for silence in list(self._silences):
+                self._judge(silence, now)
+
+    def _judge(self, silence: _Silence, now: float) -> None:
+        if not silence.quiet:
+            return
+        if now - silence.since > silence.limit:
+            self._registry.report(silence.call.backend, False)
+            silence.call.abort(UpstreamTimeout(f"The engine said nothing for {silence.limit:g} s {silence.what}."))
+        elif (
+            silence.client is not None
+            and silence.ping is None
+            and self._settings.keep_alive_seconds
+            and now - max(silence.since, silence.keep_alive_at) > self._settings.keep_alive_seconds
+        ):
+            silence.keep_alive_at = now
+            silence.ping = asyncio.create_task(silence.client.write(KEEP_ALIVE))
+
+    async def exchange(self, call: Call, client: Client) -> None:
+        """Relay `call` to `call.backend`. Raises `GatewayError`; on any way out the engine no longer works for it."""
+        silence = _Silence(call, self._settings.first_byte_seconds, time.perf_counter())
+        self._silences.add(silence)
+        exchange = None
+        try:
+            exchange = await self._open(call, client)
+            silence.since = time.perf_counter()
+            if exchange.status != 200:
+                await self._refuse(call, exchange)
+            elif exchange.content_type.startswith("text/event-stream"):
+                await self._stream(call, client, exchange, silence)
+            else:
+                await self._whole(call, client, exchange, silence)
+        except UpstreamError:
+            self._registry.report(call.backend, False)
+            raise
+        finally:
+            self._silences.discard(silence)
+            if silence.ping is not None:
+                silence.ping.cancel()
+            if exchange is not None:
+                exchange.close()
+
+    async def _open(self, call: Call, client: Client) -> Exchange:
+        request = call.request
+        assert request is not None
+        self._budget.earn()
+        while True:
+            backend = call.backend
+            if request.endpoint.multipart:
+                body = request.raw
+                content_type = client.headers.text(b"content-type")
+            else:
+                body = wire.payload(request, self._registry.served_name(backend, request.model))
+                content_type = "application/json"
+            headers = {"content-type": content_type, "x-request-id": call.request_id}
+            if backend.api_key:
+                headers["authorization"] = f"Bearer {backend.api_key}"
+            if call.trace is not None:
+                headers["traceparent"] = call.trace.traceparent
+            try:
+                exchange = await self._upstream.open("POST", backend.url + request.endpoint.upstream, headers, body)
+            except (ConnectError, BrokenConnection) as error:
+                self._registry.report(backend, False)
+                if not self._again(call):
+                    if isinstance(error, ConnectError):
+                        raise NoBackend("The engine cannot be reached at the moment.") from error
+                    raise
+                continue
+            if exchange.status == 503 and self._again(call):
+                exchange.close()
+                continue
+            return exchange
+
+    def _again(self, call: Call) -> bool:
+        if not self._budget.take():
+            return False
+        backend = self._capacity.reroute(call)
+        if backend is None:
+            return False
+        call.backend = backend
+        self.retries += 1
+        return True
+
+    async def _refuse(self, call: Call, exchange: Exchange) -> None:
+        """Turn an error answer of the engine into ours. Texts of its failures are never passed on."""
+        body = b""
+        while part := await exchange.read():
+            body += part
+            if len(body) > ANSWER_BUFFER_BYTES:
+                break
+        raise _error_of(call, exchange.status, body)
+
+    async def _stream(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
+        request = call.request
+        assert request is not None
+        stream = answer.Stream(request, call.usage)
+        call.answer = stream
+        silence.limit = self._settings.idle_seconds
+        silence.what = "in the middle of its answer"
+        await client.start(200, self._head(call, exchange, stream=True))
+        silence.client = client
+        while not stream.ended:
+            silence.quiet = True
+            data = await exchange.read()
+            silence.quiet = False
+            if silence.ping is not None:
+                await silence.ping
+                silence.ping = None
+            if not data:
+                raise UpstreamError("The engine broke off before the end of its answer.")
+            silence.since = time.perf_counter()
+            try:
+                ready = stream.feed(data)
+            except answer.BrokenStream as broken:
+                if broken.before:
+                    await client.write(broken.before)
+                raise
+            if stream.tokens and call.first_token_at is None:
+                call.first_token_at = silence.since
+            if ready:
+                await client.write(ready)
+        silence.client = None
+        self._registry.report(call.backend, True)
+        call.outcome = Outcome.OK
+        await self._ledger.settle(call)
+        await client.end(stream.tail)
+        silence.quiet = True
+        if not await exchange.read():
+            exchange.release()
+
+    async def _whole(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
+        silence.limit = self._settings.idle_seconds
+        silence.what = "in the middle of its answer"
+        parts: list[bytes] = []
+        size = 0
+        while data := await exchange.read():
+            silence.since = time.perf_counter()
+            parts.append(data)
+            size += len(data)
+            if size > ANSWER_BUFFER_BYTES:
+                await self._large(call, client, exchange, silence, parts)
+                return
+        exchange.release()
+        self._registry.report(call.backend, True)
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        answer.note_body(call.usage, body)
+        call.first_token_at = silence.since
+        call.outcome = Outcome.OK
+        await self._ledger.settle(call)
+        headers = self._head(call, exchange, stream=False)
+        headers.append((b"content-length", str(len(body)).encode()))
+        await client.start(200, headers)
+        await client.end(body)
+
+    async def _large(
+        self, call: Call, client: Client, exchange: Exchange, silence: _Silence, parts: list[bytes]
+    ) -> None:
+        """Relay a large JSON answer, always one piece behind, so that its last byte waits for the ledger."""
+        await client.start(200, self._head(call, exchange, stream=False))
+        call.first_token_at = silence.since
+        pending = b"".join(parts)
+        tail = pending[-TAIL_BYTES:]
+        while True:
+            silence.quiet = True
+            data = await exchange.read()
+            silence.quiet = False
+            silence.since = time.perf_counter()
+            if not data:
+                break
+            tail = (tail + data)[-TAIL_BYTES:]
+            await client.write(pending)
+            pending = data
+        exchange.release()
+        self._registry.report(call.backend, True)
+        answer.note_tail(call.usage, tail)
+        call.outcome = Outcome.OK
+        await self._ledger.settle(call)
+        await client.end(pending)
+
+    def _head(self, call: Call, exchange: Exchange, *, stream: bool) -> RawHeaders:
+        headers: RawHeaders = [
+            (b"content-type", exchange.content_type.encode("latin-1")),
+            (b"x-request-id", call.request_id.encode()),
+            (b"server-timing", call.server_timing()),
+        ]
+        if stream:
+            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        headers += [(name.encode(), value.encode()) for name, value in call.limit_headers.items()]
+        return headers
+
+
+def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
+    """Our error for an engine's error status. 4xx texts help the caller and are passed on without addresses."""
+    if status in (400, 404, 405, 413, 415, 422, 501):
+        call.outcome = Outcome.REJECTED
+        message, param = _message_in(body)
+        if status == 404:
+            return ModelNotFound(message or "The engine does not know this model.", param=param)
+        if status == 413:
+            return RequestTooLarge(message or "The engine finds the request too large.", param=param)
+        return InvalidRequest(message or "The engine does not accept this request.", param=param)
+    if status in (429, 503):
+        return NoBackend("The engine takes no more calls at the moment.")
+    return UpstreamError("The engine failed to answer this call.")
+
+
+def _message_in(body: bytes) -> tuple[str, str | None]:
+    try:
+        said = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return "", None
+    error = said.get("error", said) if isinstance(said, dict) else None
+    if not isinstance(error, dict):
+        return "", None
+    message, param = error.get("message"), error.get("param")
+    text = _ADDRESS.sub("0x…", message[:2000]) if isinstance(message, str) else ""
+    return text, param if isinstance(param, str) else None

@@ -1,0 +1,198 @@
+"""What is told of a call: metrics, one `call_closed` line, one trace. And the log itself: JSON lines, no secrets.
+
+Nothing here may fail or delay an answer. Prompts and answers are never handed to this file; secrets that a library
+might print are masked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from loguru import logger
+
+from gateway import traces
+from gateway.call import Outcome
+from gateway.lines import LineWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.call import Call
+    from gateway.client import Headers
+    from gateway.metrics import Metrics
+    from gateway.settings import Settings
+
+_SECRET = re.compile(r"(?i)(bearer\s+|x-api-key['\": ]+|\bsk-)[A-Za-z0-9._~+/=-]{6,}")
+_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}
+
+
+def masked(text: str) -> str:
+    """`text` with everything that looks like a secret masked."""
+    return _SECRET.sub(lambda found: found[1] + "********", text)
+
+
+def configure_logs(level: str, writer: LineWriter) -> None:
+    """Send loguru, and the standard library's loggers through it, to `writer` as JSON lines."""
+
+    def sink(message: Any) -> None:
+        record = message.record
+        line = {
+            "time": record["time"].isoformat(),
+            "level": record["level"].name.lower(),
+            "event": masked(record["message"]),
+            **record["extra"],
+        }
+        if record["exception"] is not None:
+            error = record["exception"]
+            line["traceback"] = masked("".join(traceback.format_exception(error.type, error.value, error.traceback)))
+        writer.write(line)
+
+    logger.remove()
+    logger.add(sink, level=level, backtrace=False, diagnose=False, catch=True)
+
+    class Forwarded(logging.Handler):
+        """Libraries' own lines: constant event, their text as data."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            text = masked(record.getMessage())
+            logger.opt(exception=record.exc_info).bind(logger=record.name, text=text).log(
+                record.levelname if record.levelname in _LEVELS else "INFO", "library_log"
+            )
+
+    logging.basicConfig(handlers=[Forwarded()], level=logging.WARNING, force=True)
+
+
+class _Children:
+    """Metric children of one (endpoint, model), looked up once."""
+
+    __slots__ = ("completion", "duration", "first_token", "inter_token", "outcomes", "prompt")
+
+    def __init__(self, metrics: Metrics, endpoint: str, model: str) -> None:
+        self.outcomes = {outcome: metrics.requests.labels(endpoint, model, outcome) for outcome in Outcome}
+        self.duration = metrics.duration.labels(endpoint, model)
+        self.first_token = metrics.first_token.labels(endpoint, model)
+        self.inter_token = metrics.inter_token.labels(endpoint, model)
+        self.prompt = metrics.tokens.labels(model, "prompt")
+        self.completion = metrics.tokens.labels(model, "completion")
+
+
+class Telemetry:
+    """Tells of calls. `known_model` says which model names may become labels; every other one is `other`."""
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, writer: LineWriter, known_model: Callable[[str], bool], version: str
+    ) -> None:
+        self._ratio = settings.trace_ratio
+        self._level = _LEVELS[settings.log_level]
+        self._metrics = metrics
+        self._writer = writer
+        self._known_model = known_model
+        self._children: dict[tuple[str, str], _Children] = {}
+        endpoint = settings.otel_exporter_otlp_endpoint
+        self._tracer = traces.Tracer(endpoint, settings.trace_slow_seconds, version) if endpoint else None
+
+    def begin(self, call: Call, headers: Headers) -> None:
+        """Place the call in its trace."""
+        call.trace = traces.begin(headers.text(b"traceparent"), call.request_id, self._ratio)
+
+    def model_label(self, call: Call) -> str:
+        """The model as a label: a configured name, or `other`; empty while it is not known."""
+        if call.request is None:
+            return ""
+        return call.request.model if self._known_model(call.request.model) else "other"
+
+    def end(self, call: Call) -> None:
+        """Count, log and trace a finished call."""
+        duration = time.perf_counter() - call.started
+        model = self.model_label(call)
+        self._count(call, model, duration)
+        if self._level <= 20 or call.outcome is Outcome.FAILED:
+            self._writer.write(self._line(call, model, duration))
+        if self._tracer is not None:
+            self._tracer.end(call, duration, model)
+
+    def _count(self, call: Call, model: str, duration: float) -> None:
+        key = (call.endpoint.name, model)
+        children = self._children.get(key)
+        if children is None:
+            children = self._children[key] = _Children(self._metrics, *key)
+        outcome = call.outcome or Outcome.FAILED
+        children.outcomes[outcome].inc()
+        exemplar = {"trace_id": call.trace.trace_id} if self._tracer is not None else None
+        children.duration.observe(duration, exemplar)
+        if call.first_token_at is not None:
+            first = call.first_token_at - call.started
+            children.first_token.observe(first, exemplar)
+            if call.request is not None and call.request.stream and call.usage.completion > 1:
+                children.inter_token.observe((duration - first) / (call.usage.completion - 1))
+        if call.usage.known:
+            children.prompt.inc(call.usage.prompt)
+            children.completion.inc(call.usage.completion)
+        stages = self._metrics.stage_children
+        for stage, seconds in call.stage_seconds.items():
+            stages[stage].observe(seconds)
+        if "capacity" in call.stage_seconds:
+            self._metrics.queue_seconds.observe(call.stage_seconds["capacity"])
+        if outcome is Outcome.REFUSED and call.error is not None:
+            self._metrics.refusals.labels(call.error.code).inc()
+
+    def _line(self, call: Call, model: str, duration: float) -> dict[str, Any]:
+        first = call.first_token_at - call.started if call.first_token_at is not None else None
+        return {
+            "time": _timestamp(call.started_at + duration),
+            "level": "error" if call.outcome is Outcome.FAILED else "info",
+            "event": "call_closed",
+            "request_id": call.request_id,
+            "trace_id": call.trace.trace_id,
+            "key_id": call.caller.key_id if call.caller else None,
+            "endpoint": call.endpoint.name,
+            "model": model,
+            "outcome": str(call.outcome),
+            "status": call.status,
+            "code": call.error.code if call.error else None,
+            "stream": call.request.stream if call.request else False,
+            "prompt_tokens": call.usage.prompt,
+            "completion_tokens": call.usage.completion,
+            "cached_tokens": call.usage.cached,
+            "duration_seconds": round(duration, 6),
+            "first_token_seconds": round(first, 6) if first is not None else None,
+            "stages": {stage: round(seconds, 6) for stage, seconds in call.stage_seconds.items()},
+            "backend": call.backend.name if call.backend is not None else None,
+        }
+
+    def fault(self, call: Call, error: BaseException) -> None:
+        """Log a fault of ours, once, with its traceback."""
+        logger.opt(exception=error).bind(request_id=call.request_id, stage=call.stage).error("call_fault")
+
+    def refresh(self) -> None:
+        """Bring the counters of what was dropped up to date; called before each exposition."""
+        _advance(self._metrics.log_dropped, self._writer.dropped)
+        if self._tracer is not None:
+            _advance(self._metrics.spans_dropped, self._tracer.dropped)
+
+    async def watch_loop(self, period: float = 0.25) -> None:
+        """Measure for ever how late the event loop's timers run."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + period
+            await asyncio.sleep(period)
+            self._metrics.loop_lag.set(max(0.0, loop.time() - due))
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self._tracer is not None:
+            self._tracer.close()
+
+
+def _advance(counter: Any, total: float) -> None:
+    counter.inc(max(0.0, total - counter._value.get()))  # prometheus_client offers no absolute value for counters
+
+
+def _timestamp(seconds: float) -> str:
+    whole = time.gmtime(seconds)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", whole) + f".{int(seconds % 1 * 1e6):06d}+00:00"

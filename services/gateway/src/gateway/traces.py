@@ -1,0 +1,190 @@
+"""Traces: one a call, W3C context in and out, spans made at the end from the stages' clocks.
+
+Nothing is built for a call that is not kept. Kept are: calls whose parent is sampled, a share of the others, and every
+call that failed or was slow (the engine's own spans exist only where the decision was made at the start).
+GenAI attribute names: one table (they are still moving, see the semantic conventions' `gen_ai` registry).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from gateway.call import STAGES, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway.call import Call
+
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_TRACE_ID = re.compile(r"[0-9a-f]{32}")
+
+OPERATIONS = {
+    "chat_completions": "chat",
+    "messages": "chat",
+    "responses": "chat",
+    "completions": "text_completion",
+    "embeddings": "embeddings",
+}
+
+GENAI = {
+    "operation": "gen_ai.operation.name",
+    "provider": "gen_ai.provider.name",
+    "model": "gen_ai.request.model",
+    "max_tokens": "gen_ai.request.max_tokens",
+    "stream": "gen_ai.request.stream",
+    "input_tokens": "gen_ai.usage.input_tokens",
+    "output_tokens": "gen_ai.usage.output_tokens",
+    "cached_tokens": "gen_ai.usage.cache_read.input_tokens",
+    "first_token": "gen_ai.response.time_to_first_chunk",
+    "error": "error.type",
+}
+
+
+class Trace:
+    """A call's place in its trace. `traceparent` is what the engine gets."""
+
+    __slots__ = ("forward_id", "parent_id", "sampled", "span_id", "trace_id")
+
+    def __init__(self, trace_id: str, parent_id: str | None, sampled: bool) -> None:
+        ids = os.urandom(16).hex()
+        self.trace_id = trace_id
+        self.parent_id = parent_id
+        self.sampled = sampled
+        self.span_id = ids[:16]
+        self.forward_id = ids[16:]
+
+    @property
+    def traceparent(self) -> str:
+        """The W3C header for the next hop."""
+        return f"00-{self.trace_id}-{self.forward_id}-{'01' if self.sampled else '00'}"
+
+
+def begin(traceparent: str, request_id: str, ratio: float) -> Trace:
+    """Continue the caller's trace, or start one: its id is the request id where that has the form (nginx's has)."""
+    if (found := _TRACEPARENT.fullmatch(traceparent)) and found[1] != "0" * 32 and found[2] != "0" * 16:
+        sampled = bool(int(found[3], 16) & 1) or random.random() < ratio  # noqa: S311  # sampling is no secret
+        return Trace(found[1], found[2], sampled)
+    trace_id = request_id if _TRACE_ID.fullmatch(request_id) and request_id != "0" * 32 else os.urandom(16).hex()
+    return Trace(trace_id, None, random.random() < ratio)  # noqa: S311
+
+
+class _Counting(SpanExporter):
+    """Counts what the collector did not take."""
+
+    def __init__(self, inner: SpanExporter) -> None:
+        self._inner = inner
+        self.dropped = 0
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._inner.export(spans)
+        if result is not SpanExportResult.SUCCESS:
+            self.dropped += len(spans)
+        return result
+
+    def shutdown(self) -> None:
+        self._inner.shutdown()
+
+
+class Tracer:
+    """Sends spans of finished calls in the background; a slow or missing collector costs dropped spans only."""
+
+    def __init__(self, endpoint: str, slow_seconds: float, version: str) -> None:
+        self._slow_seconds = slow_seconds
+        self._resource = Resource.create({"service.name": "gateway", "service.version": version})
+        self._exporter = _Counting(OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces", timeout=5))
+        self._processor = BatchSpanProcessor(
+            self._exporter, max_queue_size=8192, max_export_batch_size=512, export_timeout_millis=5000
+        )
+
+    @property
+    def dropped(self) -> int:
+        """Spans that the collector did not take."""
+        return self._exporter.dropped
+
+    def end(self, call: Call, duration: float, model: str) -> None:
+        """Make and queue the spans of a finished call, if it is kept."""
+        trace: Trace = call.trace
+        failed = call.outcome in (Outcome.FAILED, Outcome.INTERRUPTED)
+        if not (trace.sampled or failed or duration >= self._slow_seconds):
+            return
+        trace_id = int(trace.trace_id, 16)
+        flags = TraceFlags(TraceFlags.SAMPLED)
+        root = SpanContext(trace_id, int(trace.span_id, 16), is_remote=False, trace_flags=flags)
+        parent = None
+        if trace.parent_id is not None:
+            parent = SpanContext(trace_id, int(trace.parent_id, 16), is_remote=True, trace_flags=flags)
+        start = int(call.started_at * 1e9)
+        status = Status(StatusCode.ERROR, call.error.code if call.error else None) if failed else Status()
+        name = f"{OPERATIONS.get(call.endpoint.name, call.endpoint.name)} {model}".rstrip()
+        self._send(
+            name, root, parent, SpanKind.SERVER, _attributes(call, model), status, start, start + int(duration * 1e9)
+        )
+        at = start
+        for stage in STAGES:
+            seconds = call.stage_seconds.get(stage)
+            if seconds is None:
+                continue
+            span_id = int(trace.forward_id if stage == "forward" else os.urandom(8).hex(), 16)
+            context = SpanContext(trace_id, span_id, is_remote=False, trace_flags=flags)
+            kind = SpanKind.CLIENT if stage == "forward" else SpanKind.INTERNAL
+            end = at + int(seconds * 1e9)
+            self._send(stage, context, root, kind, {}, Status(), at, end)
+            at = end
+
+    def _send(
+        self,
+        name: str,
+        context: SpanContext,
+        parent: SpanContext | None,
+        kind: SpanKind,
+        attributes: dict[str, Any],
+        status: Status,
+        start: int,
+        end: int,
+    ) -> None:
+        self._processor.on_end(
+            ReadableSpan(
+                name=name, context=context, parent=parent, resource=self._resource, attributes=attributes,
+                kind=kind, status=status, start_time=start, end_time=end,
+            )
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Send what is left; bounded by the exporter's timeout."""
+        self._processor.shutdown()
+
+
+def _attributes(call: Call, model: str) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "operation": OPERATIONS.get(call.endpoint.name, call.endpoint.name),
+        "provider": "vllm",
+        "model": model or None,
+        "input_tokens": call.usage.prompt,
+        "output_tokens": call.usage.completion,
+        "cached_tokens": call.usage.cached,
+        "error": call.error.code if call.error else None,
+    }
+    if call.request is not None:
+        values["stream"] = call.request.stream
+        values["max_tokens"] = call.request.output_limit or call.request.max_output
+    if call.first_token_at is not None:
+        values["first_token"] = call.first_token_at - call.started
+    attributes = {GENAI[name]: value for name, value in values.items() if value is not None}
+    attributes["appliance.request_id"] = call.request_id
+    attributes["appliance.outcome"] = str(call.outcome)
+    attributes["http.response.status_code"] = call.status
+    if call.caller is not None:
+        attributes["appliance.key_id"] = call.caller.key_id
+    if call.backend is not None:
+        attributes["appliance.backend"] = call.backend.name
+    return attributes
