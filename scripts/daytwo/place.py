@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,17 @@ class Place(Protocol):
 
     mode: str
 
-    def export(self) -> "subprocess.Popen[bytes]":
-        """A process whose standard output is the tar stream of everything in `KEPT` that is there."""
+    def export(self, names: Iterable[str] = KEPT) -> "subprocess.Popen[bytes]":
+        """A process whose standard output is the tar stream of those of the folders `names` that are there."""
 
     def replace(self, state: IO[bytes], names: Iterable[str]) -> None:
         """Puts the folders `names` of such a stream back. Nothing may be using them."""
 
     def running(self) -> list[str]:
         """Names of the services that run."""
+
+    def restart(self, *services: str) -> None:
+        """Restarts services one after the other, each healthy before the next."""
 
     def stop(self) -> None:
         """Stops every service; data stays."""
@@ -80,12 +84,12 @@ class ComposePlace:
     def running(self) -> list[str]:
         return sorted(service_of(one) for one in self.containers(all_of_them=False))
 
-    def export(self) -> "subprocess.Popen[bytes]":
+    def export(self, names: Iterable[str] = KEPT) -> "subprocess.Popen[bytes]":
         present = self.volumes()
-        names = [name for name in KEPT if name in present]
-        if "gateway-data" not in names:
-            raise PlaceError(f"project {self.project} has no data to back up; has `docker compose up` ever run?")
-        return subprocess.Popen(self._carrier("export", names), stdout=subprocess.PIPE)
+        there = [name for name in names if name in present]
+        if not there:
+            raise PlaceError(f"project {self.project} has no data; has `docker compose up` ever run?")
+        return subprocess.Popen(self._carrier("export", there), stdout=subprocess.PIPE)
 
     def replace(self, state: IO[bytes], names: Iterable[str]) -> None:
         present = self.volumes()
@@ -96,13 +100,37 @@ class ComposePlace:
             )
         run(*self._carrier("import", list(names)), stdin=state)
 
+    def restart(self, *services: str) -> None:
+        for service in services:
+            if service in self.running():
+                run("docker", "compose", "-p", self.project, "restart", "--no-deps", service)
+                self.await_healthy([service])
+
     def stop(self) -> None:
         run("docker", "compose", "-p", self.project, "stop")
 
     def start(self) -> None:
         # Only what runs for good: `init` and the like ended long ago and need not run again.
         lasting = sorted(service_of(one) for one in self.containers() if restarts(one))
-        run("docker", "compose", "-p", self.project, "start", "--wait", *lasting)
+        run("docker", "compose", "-p", self.project, "start", *lasting)
+        self.await_healthy(lasting)
+
+    def await_healthy(self, services: list[str], seconds: float = 1800) -> None:
+        """Returns when every one of the services is healthy; raises `PlaceError` when one ends or time is up."""
+        deadline = time.monotonic() + seconds
+        while True:
+            states = {service_of(one): one["State"] for one in self.containers() if service_of(one) in services}
+            ended = [name for name, state in states.items() if state["Status"] == "exited"]  # type: ignore[index]
+            if ended:
+                raise PlaceError(f"{ended[0]} ended: docker compose logs --tail 50 {ended[0]}")
+            late = [name for name, state in states.items() if not healthy(state)]
+            if not late:
+                return
+            if time.monotonic() > deadline:
+                raise PlaceError(
+                    f"{', '.join(late)} did not become healthy within {seconds:.0f} s: docker compose logs"
+                )
+            time.sleep(0.5)
 
     def _label(self) -> str:
         return f"label=com.docker.compose.project={self.project}"
@@ -154,11 +182,16 @@ class LocalPlace:
         ledger = self.state / "gateway-data" / "gateway.sqlite3"
         return ["gateway"] if ledger.exists() and open_by_others(ledger) else []
 
-    def export(self) -> "subprocess.Popen[bytes]":
+    def restart(self, *services: str) -> None:
+        if self.running():
+            self.stop()
+            self.start()
+
+    def export(self, names: Iterable[str] = KEPT) -> "subprocess.Popen[bytes]":
         folders = self.folders()
         if not folders:
-            raise PlaceError(f"{self.state} holds no data to back up; has `make up` ever run?")
-        named = [f"{name}={folder}" for name, folder in folders.items()]
+            raise PlaceError(f"{self.state} holds no data; has `make up` ever run?")
+        named = [f"{name}={folder}" for name, folder in folders.items() if name in names]
         return subprocess.Popen(["python3", CARRIER, "export", *named], stdout=subprocess.PIPE)
 
     def replace(self, state: IO[bytes], names: Iterable[str]) -> None:
@@ -192,6 +225,12 @@ def service_of(container: dict[str, object]) -> str:
     return str(container["Config"]["Labels"]["com.docker.compose.service"])  # type: ignore[index]
 
 
+def healthy(state: object) -> bool:
+    """Whether Docker's state of a container says so; one without a health check need only run."""
+    assert isinstance(state, dict)
+    return bool(state["Running"] and state.get("Health", {"Status": "healthy"})["Status"] == "healthy")
+
+
 def restarts(container: dict[str, object]) -> bool:
     """Whether a container is one that should always run."""
     return container["HostConfig"]["RestartPolicy"]["Name"] not in ("", "no")  # type: ignore[index]
@@ -220,7 +259,7 @@ def find() -> Place:
         except PlaceError:
             if mode:
                 raise
-    if mode in ("", "local") and STATE.is_dir():
+    if mode in ("", "local") and any((STATE / name).is_dir() for name in KEPT):
         return LocalPlace(STATE)
     raise PlaceError("no appliance found: `make up` starts one")
 
