@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import exposition as text
 from prometheus_client.openmetrics import exposition as openmetrics
 
@@ -25,6 +25,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         per_call = ("endpoint", "model", "outcome")
         self.requests = Counter("gateway_requests", "Calls ended.", per_call, registry=registry)
         self.duration = Histogram(

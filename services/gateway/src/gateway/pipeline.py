@@ -15,6 +15,7 @@ from gateway.errors import (
     ClientGone,
     GatewayError,
     InternalError,
+    InvalidApiKey,
     InvalidRequest,
     KeyDisabled,
     KeyExpired,
@@ -195,7 +196,7 @@ def outcome_of(error: GatewayError, *, running: bool) -> Outcome:
     """How a call that ends with `error` is counted; `running`: it was ended from outside by this error."""
     if isinstance(error, ClientGone):
         return Outcome.CANCELLED
-    if running and isinstance(error, KeyDisabled | KeyExpired):
+    if running and isinstance(error, KeyDisabled | KeyExpired | InvalidApiKey):
         return Outcome.REVOKED
     if running and isinstance(error, ShuttingDown):
         return Outcome.INTERRUPTED

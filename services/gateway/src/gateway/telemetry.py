@@ -169,6 +169,10 @@ class Telemetry:
         """Log a fault of ours, once, with its traceback."""
         logger.opt(exception=error).bind(request_id=call.request_id, stage=call.stage).error("call_fault")
 
+    def fault_in_route(self, request_id: str, error: BaseException) -> None:
+        """Log a fault of ours outside the relayed routes."""
+        logger.opt(exception=error).bind(request_id=request_id).error("route_fault")
+
     def refresh(self) -> None:
         """Bring the counters of what was dropped up to date; called before each exposition."""
         _advance(self._metrics.log_dropped, self._writer.dropped)

@@ -1,0 +1,62 @@
+"""What vLLM refuses before it generates, in its own words and shapes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.doubles.vllm_dialects import error_body
+from tests.doubles.vllm_engine import chat_tokens, content_tokens
+
+
+class Refusal(Exception):
+    """A request that vLLM refuses."""
+
+    def __init__(self, message: str, kind: str = "BadRequestError", code: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        self.body = error_body(message, kind, code, param)
+        self.code = code
+
+
+def missing(name: str) -> Refusal:
+    """FastAPI's complaint about a field that is not there."""
+    entry = {"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": "<dict>"}
+    return Refusal(f"1 validation error:\n  {entry}", "Bad Request", 400, f"body.{name}")
+
+
+def parse(content_type: str, body: bytes, models: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON body, checked as far as vLLM does before it generates. Raises `Refusal`."""
+    if content_type != "application/json":
+        raise Refusal("Validation error", "Bad Request")
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refusal("1 validation error:\n  JSON decode error", "Bad Request", 400, "body") from None
+    if not isinstance(parsed, dict):
+        raise Refusal("1 validation error:\n  Input should be a valid dictionary", "Bad Request", 400, "body")
+    model = parsed.get("model")
+    if model and model not in models:
+        raise Refusal(f"The model `{model}` does not exist.", "NotFoundError", 404, "model")
+    if parsed.get("stream_options") and not parsed.get("stream"):
+        raise Refusal("Stream options can only be defined when `stream=True`.", "Bad Request", 400, "stream_options")
+    temperature = parsed.get("temperature")
+    if isinstance(temperature, int | float) and temperature < 0:
+        raise Refusal(f"temperature must be non-negative, got {temperature}.", param="temperature")
+    return parsed
+
+
+def required(body: dict[str, Any], name: str) -> Any:
+    """A field that vLLM insists on."""
+    if body.get(name) is None:
+        raise missing(name)
+    return body[name]
+
+
+def response_tokens(value: Any) -> int:
+    """Prompt tokens of a Responses input: a text is one user message."""
+    return chat_tokens([{"content": value}] if isinstance(value, str) else value)
+
+
+def message_tokens(body: dict[str, Any]) -> int:
+    """Prompt tokens of a Messages body: `system` counts as its content."""
+    return chat_tokens(required(body, "messages")) + content_tokens(body.get("system"))
