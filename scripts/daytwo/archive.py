@@ -23,7 +23,8 @@ class BackupError(Exception):
 
 @dataclass
 class Manifest:
-    """What a backup holds. `tables` counts rows by database and table; `checksum` is SHA-256 of the state."""
+    """What a backup holds. `tables` counts rows by database and table, `forms` is a digest of each database's schema;
+    `checksum` is SHA-256 of the state (tar.gz)."""
 
     created_at: str
     version: str
@@ -31,6 +32,7 @@ class Manifest:
     checksum: str = ""
     files: dict[str, int] = field(default_factory=dict)
     tables: dict[str, dict[str, int]] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -42,7 +44,7 @@ def write(target: Path, state: IO[bytes], manifest: Manifest) -> Manifest:
         with packed.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0, compresslevel=6) as squeezed:
             shutil.copyfileobj(state, squeezed)
         manifest.checksum = checksum(packed)
-        manifest.files, manifest.tables = inspect(packed)
+        manifest.files, manifest.tables, manifest.forms = inspect(packed)
         whole = Path(folder) / "whole.tar"
         described = Path(folder) / "manifest.json"
         described.write_text(json.dumps(asdict(manifest), indent=1))
@@ -74,9 +76,19 @@ def read(source: Path, folder: Path) -> tuple[Manifest, Path]:
     return manifest, packed
 
 
-def inspect(packed: Path) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Sizes by file, and rows by table of every database, each checked for integrity. Raises `BackupError`."""
+def folders(packed: Path) -> list[str]:
+    """Names of the folders that the state holds, also empty ones."""
+    with tarfile.open(packed, "r:gz") as archive:
+        return sorted({name.partition("/")[0] for name in archive.getnames()})
+
+
+def inspect(packed: Path) -> tuple[dict[str, int], dict[str, dict[str, int]], dict[str, str]]:
+    """Sizes by file; rows by table, and the form, of every database, each checked for integrity.
+
+    Raises `BackupError`.
+    """
     files: dict[str, int] = {}
+    forms: dict[str, str] = {}
     tables: dict[str, dict[str, int]] = {}
     try:
         with tarfile.open(packed, "r:gz") as archive, tempfile.TemporaryDirectory(dir=packed.parent) as scratch:
@@ -93,26 +105,28 @@ def inspect(packed: Path) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
                     with database.open("wb") as file:
                         file.write(head)
                         shutil.copyfileobj(content, file)
-                    tables[entry.name] = count_rows(entry.name, database)
+                    tables[entry.name], forms[entry.name] = count_rows(entry.name, database)
                     database.unlink()
     except (OSError, EOFError, tarfile.TarError) as problem:
         raise BackupError(f"the state cannot be read back ({first_line(problem)})") from None
-    return files, tables
+    return files, tables, forms
 
 
-def count_rows(name: str, database: Path) -> dict[str, int]:
-    """Rows by table. Raises `BackupError` when SQLite finds the file damaged."""
+def count_rows(name: str, database: Path) -> tuple[dict[str, int], str]:
+    """Rows by table, and a digest of the schema. Raises `BackupError` when SQLite finds the file damaged."""
     connection = sqlite3.connect(f"file:{database}?mode=ro&immutable=1", uri=True)
     try:
         verdict = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if verdict != "ok":
             raise BackupError(f"{name} is damaged: {verdict}")
         listed = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
-        return {
+        rows = {
             table: connection.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0]
             for (table,) in listed
             if not table.startswith("sqlite_")
         }
+        schema = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY sql").fetchall()
+        return rows, hashlib.sha256(repr(schema).encode()).hexdigest()
     except sqlite3.Error as problem:
         raise BackupError(f"{name} is damaged: {problem}") from None
     finally:

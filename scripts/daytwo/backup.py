@@ -39,16 +39,23 @@ def restore(place: Place, source: Path) -> Manifest:
         aside = STATE / "backups" / f"before-restore-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}.tar"
         backup(place, aside)
         print(f"restore: what was there is kept in {aside}", flush=True)
-        names = sorted({name.partition("/")[0] for name in manifest.files})
         ran = place.running()
         place.stop()
-        unpacked = Path(folder) / "state.tar"
-        run("sh", "-c", 'gzip -dc "$1" >"$2"', "sh", packed, unpacked)
-        with unpacked.open("rb") as state:
-            place.replace(state, names)
-        if ran:
-            place.start()
+        try:
+            put_back(place, packed)
+        finally:
+            if ran:
+                place.start()
     return manifest
+
+
+def put_back(place: Place, packed: Path) -> None:
+    """Replaces the folders that a verified state (tar.gz) holds. Nothing may be using them."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "state.tar"
+        run("sh", "-c", 'gzip -dc "$1" >"$2"', "sh", packed, plain)
+        with plain.open("rb") as state:
+            place.replace(state, archive.folders(packed))
 
 
 def summary(manifest: Manifest) -> str:

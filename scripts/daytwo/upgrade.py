@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from scripts.daytwo import archive
-from scripts.daytwo.backup import backup, summary, version
+from scripts.daytwo.backup import backup, put_back, summary, version
 from scripts.daytwo.place import (
     REPOSITORY,
     STATE,
@@ -66,7 +66,7 @@ def remember(place: ComposePlace, folder: Path, commit: str, files: list[str]) -
         run("docker", "image", "tag", str(one["Image"]), name)
         images[str(one["Config"]["Image"])] = name  # type: ignore[index]
     services = [service_of(one) for one in place.containers()]
-    facts = {"commit": commit, "files": files, "images": images, "services": services, "tables": manifest.tables}
+    facts = {"commit": commit, "files": files, "images": images, "services": services, "forms": manifest.forms}
     (folder / "before.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -93,18 +93,14 @@ def back(place: ComposePlace, folder: Path) -> None:
     present = folder / "at-return.tar"
     manifest = backup(place, present)
     place.stop()
-    if forms(manifest.tables) != forms(before["tables"]):
+    if ledger_form(manifest.forms) != ledger_form(before["forms"]):
         print(
             f"upgrade: the ledger's form had changed: the copy from before is put back; newer data: {present}",
             flush=True,
         )
         with tempfile.TemporaryDirectory() as scratch:
             _, packed = archive.read(folder / "backup.tar", Path(scratch))
-            plain = Path(scratch) / "state.tar"
-            run("sh", "-c", 'gzip -dc "$1" >"$2"', "sh", packed, plain)
-            with plain.open("rb") as state:
-                names = {name.partition("/")[0] for name in archive.inspect(packed)[0]}
-                place.replace(state, sorted(names))
+            put_back(place, packed)
     compose(
         place, folder / "tree", before["files"], "up", "--detach", "--no-build", "--force-recreate", *before["services"]
     )
@@ -112,9 +108,9 @@ def back(place: ComposePlace, folder: Path) -> None:
     record(before["commit"], before["files"])
 
 
-def forms(tables: dict[str, dict[str, int]]) -> dict[str, list[str]]:
-    """Which tables each database has: what tells one form of the ledger from another."""
-    return {name: sorted(counts) for name, counts in tables.items() if name.startswith(SCHEMA_FOLDER)}
+def ledger_form(forms: dict[str, str]) -> dict[str, str]:
+    """The gateway's databases among all that a backup holds."""
+    return {name: form for name, form in forms.items() if name.startswith(SCHEMA_FOLDER)}
 
 
 def record(commit: str, files: list[str]) -> None:
