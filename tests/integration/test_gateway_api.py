@@ -103,7 +103,7 @@ def test_either_header_carries_the_key(gateway: GatewayProcess):
 
 @pytest.mark.parametrize(("method", "path", "status"), [
     ("GET", "/", 404), ("GET", "/v1", 404), ("POST", "/v1/nonesuch", 404), ("POST", "/invocations", 404),
-    ("POST", "/v1/chat/completions/", 404), ("POST", "//v1/chat/completions", 404), ("GET", "/v1/chat/completions", 405),
+    ("POST", "/v1/chat/completions/", 404), ("POST", "//v1/chat/completions", 405), ("GET", "/v1/chat/completions", 405),
     ("DELETE", "/v1/models", 405), ("POST", "/tokenize", 404), ("GET", "/v1/../metrics", 404),
     ("POST", "/v1/%63hat/completions%00", 404),
 ])  # fmt: skip

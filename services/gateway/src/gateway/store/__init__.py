@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from loguru import logger
@@ -22,7 +23,17 @@ from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUna
 from gateway.store.schema import migrate
 from gateway.store.writer import ENERGY, HOLD, PROGRESS, RECORD, SETTLE, STOP, WORK, Writer, replay
 
-__all__ = ["Database", "Started", "Store", "StoreLocked", "StoreNewer", "StoreUnavailable", "accounts", "reports"]
+__all__ = [
+    "Database",
+    "Started",
+    "Store",
+    "StoreLocked",
+    "StoreNewer",
+    "StoreUnavailable",
+    "accounts",
+    "migrate",
+    "reports",
+]
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1  # a change by another process is noticed within this time
@@ -162,6 +173,11 @@ class Store:
     def problem(self) -> str | None:
         """Why the store is not healthy, for an operator."""
         return None if self._writer is None else self._writer.problem
+
+    @property
+    def folder(self) -> Path:
+        """Where the spool lies: beside the database file, or SPOOL_DIR."""
+        return self._spool.path.parent
 
     @property
     def aside(self) -> int:
