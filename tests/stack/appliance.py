@@ -47,6 +47,7 @@ class Appliance:
     settings: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     key: str = ""
+    files: tuple[str, ...] = FILES
 
     def __post_init__(self) -> None:
         https, http, prometheus, alertmanager = free_ports(4)
@@ -88,7 +89,7 @@ class Appliance:
 
     def compose(self, *words: str, **more: object) -> str:
         """`docker compose -f … …` as the README has it."""
-        files = [word for name in FILES for word in ("-f", name)]
+        files = [word for name in self.files for word in ("-f", name)]
         return self.run("docker", "compose", *files, *words, **more)  # type: ignore[arg-type]
 
     def container(self, service: str) -> str:

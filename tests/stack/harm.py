@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 from tests.stack.appliance import STANDIN, Appliance
@@ -15,10 +16,16 @@ def processes(appliance: Appliance, service: str) -> list[int]:
     return [int(pid) for pid in listed]
 
 
-def kill(appliance: Appliance, service: str) -> None:
-    """kill -9 of everything in a container, behind Docker's back: `docker kill` would count as the operator's wish."""
-    for pid in processes(appliance, service):
+def kill(appliance: Appliance, service: str) -> float:
+    """kill -9 of everything in a container, behind Docker's back: `docker kill` would count as the operator's wish.
+
+    The moment of the first signal (`time.monotonic()`).
+    """
+    victims = processes(appliance, service)
+    struck = time.monotonic()
+    for pid in victims:
         end(pid)
+    return struck
 
 
 def end(pid: int) -> None:
@@ -99,12 +106,14 @@ def restart_docker() -> None:
     subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
 
 
-def cut_power(appliance: Appliance) -> None:
+def cut_power(appliance: Appliance) -> float:
     """Everything at once, no one is told; then the machine comes up again."""
     described = json.loads(appliance.docker("inspect", *appliance.docker("ps", "-q").split()))
     victims = engine_processes()
     for one in described:
         victims += [int(one["State"]["Pid"])]
+    struck = time.monotonic()
     for pid in victims:
         end(pid)
     subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+    return struck

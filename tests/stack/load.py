@@ -26,9 +26,9 @@ class Call:
         return self.answer.status == 200 and self.answer.ended and not self.answer.error
 
     @property
-    def broken(self) -> bool:
-        """Whether it had begun to be answered, or was under way, and did not end."""
-        return not self.whole and self.answer.status in (0, 200)
+    def lost(self) -> bool:
+        """Neither answered whole nor told honestly to come again."""
+        return not self.whole and self.answer.status not in (429, 503)
 
 
 class Load:
@@ -69,6 +69,10 @@ class Load:
     def under_way(self, when: float) -> list[Call]:
         """Calls that had begun and not ended at that moment."""
         return [call for call in list(self.calls) if call.began <= when and (not call.ended or call.ended > when)]
+
+    def finished_since(self, when: float) -> list[Call]:
+        """Calls that ended after that moment, well or not, in the order of their ends."""
+        return sorted((call for call in list(self.calls) if call.ended > when), key=lambda call: call.ended)
 
     def whole_since(self, when: float) -> list[Call]:
         """Good answers to calls that began after that moment, in the order of their ends."""

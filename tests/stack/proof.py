@@ -40,14 +40,19 @@ def inflict(
 ) -> Proof:
     """Runs load, does `harm`, waits until it is felt, does `heal`, and states what happened.
 
+    `under way` are the calls at the moment of the harm; lost are those of them whose caller got neither a whole answer
+    nor an honest refusal.
+
     Fails when service is not back `within` seconds after the healing (after the harm, where nothing is healed by
     hand), when the ledger and the callers disagree, when a secret is in a log, or when `alert` stays silent.
     """
     with Load(appliance.edge) as load:
         until("load is answered", lambda: len(load.whole_since(0)) >= 3, 120)
-        struck = time.monotonic()
+        called = time.monotonic()
+        said = harm()
+        # A harm that takes time to prepare says when it struck.
+        struck = said if isinstance(said, float) else called
         under_way = load.under_way(struck)
-        harm()
         seen = ""
         if harm_is_felt:
             harm_is_felt(load)
@@ -56,9 +61,8 @@ def inflict(
         mended = time.monotonic() if heal else struck
         if heal:
             heal()
-        good = until("service is back", lambda: load.whole_since(mended)[GOOD_AFTERWARDS - 1 :], within + 60)
-        seconds = load.whole_since(mended)[0].ended - mended
-        assert good
+        until("service is back", lambda: steady(load, struck), within + 60)
+        seconds = away(load, struck, mended)
         if alert and not seen:
             seen = until(f"alert {alert}", lambda: alert_state(appliance, alert), 120)
     assert seconds <= within, f"{fault}: back after {seconds:.1f} s, promised {within:.0f} s"
@@ -69,13 +73,28 @@ def inflict(
         fault,
         round(seconds, 1),
         len(under_way),
-        sum(call.broken for call in under_way),
+        sum(call.lost for call in under_way),
         sum(1 for call in load.calls if call.answer.status in (429, 502, 503, 504)),
         difference,
         f"{alert} ({seen})" if alert else "",
     )
     keep(proof)
     return proof
+
+
+def steady(load: Load, struck: float) -> bool:
+    """The last calls that ended were all answered whole."""
+    last = load.finished_since(struck)[-GOOD_AFTERWARDS:]
+    return len(last) == GOOD_AFTERWARDS and all(call.whole for call in last)
+
+
+def away(load: Load, struck: float, since: float) -> float:
+    """Seconds from `since` to the first whole answer after the last failure; 0 when no call failed."""
+    ended = load.finished_since(struck)
+    failed = [number for number, call in enumerate(ended) if not call.whole]
+    if not failed:
+        return 0.0
+    return max(0.0, ended[failed[-1] + 1].ended - since)
 
 
 def ledger_difference(appliance: Appliance, calls: list[Call]) -> int:

@@ -38,7 +38,9 @@ def silence(load: Load) -> None:
 
 
 def test_gateway_killed(appliance: Appliance) -> None:
-    proof = inflict(appliance, "gateway: kill -9", lambda: harm.kill(appliance, "gateway"), within=15)
+    proof = inflict(
+        appliance, "gateway: kill -9", lambda: harm.kill(appliance, "gateway"), within=15, harm_is_felt=a_failure
+    )
     assert proof.in_flight > 0
 
 
