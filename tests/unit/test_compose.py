@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from scripts.local import example
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,3 +220,19 @@ def test_every_variable_is_in_the_example_with_its_default() -> None:
     assert (set(used) | passed) - set(told) == set()
     differing = {name: (told[name], default) for name, default in used.items() if told[name] != default}
     assert differing == {}
+
+
+@pytest.mark.parametrize(
+    ("service", "module"),
+    [("gateway", "gateway.settings"), ("vllm", "engine.settings"), ("gpu-exporter", "gpu_exporter.settings")],
+)
+def test_every_setting_of_a_service_can_be_given_to_its_container(service: str, module: str) -> None:
+    environment = set(SERVICES[service]["environment"])
+    settings = example.fields(module)
+    # One process, beside its database; the images know their own Python and device.
+    fixed = {"GATEWAY_WORKERS", "SPOOL_DIR", "ENGINE_DEVICE", "VLLM_PYTHON", "ENGINE_VENV", "HF_TOKEN", "GPU_HOSTNAME"}
+    assert {name for name in settings if name not in environment and f"{name}_FILE" not in environment} <= fixed
+
+
+def test_the_example_tells_the_services_settings_as_they_are() -> None:
+    assert example.written(example.EXAMPLE.read_text()) == example.EXAMPLE.read_text()
