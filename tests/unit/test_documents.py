@@ -1,9 +1,11 @@
 """What the documents list is what the code has."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -14,12 +16,10 @@ def test_generated_documents_are_up_to_date():
 
 
 def test_links_between_documents_lead_somewhere():
-    import re
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    links = [(page, target) for page in pages for target in LINK.findall(page.read_text(encoding="utf-8"))]
+    local = [(page, target) for page, target in links if "://" not in target and not target.startswith("mailto:")]
 
-    broken = []
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if "://" not in target and not target.startswith("mailto:") and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(ROOT)} -> {target}")
+    broken = [f"{page.relative_to(ROOT)} -> {target}" for page, target in local if not (page.parent / target).exists()]
 
     assert not broken
