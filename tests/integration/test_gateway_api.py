@@ -6,10 +6,10 @@ from typing import Any
 
 import openai
 import pytest
-
-from gateway.wire import ENDPOINTS
 from tests.doubles.gateway import KEY, GatewayProcess
 from tests.doubles.vllm import VllmDouble
+
+from gateway.wire import ENDPOINTS
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,9 @@ def test_the_official_client_chats(client: openai.OpenAI):
 
 
 def test_the_official_client_streams(client: openai.OpenAI):
-    stream = client.chat.completions.create(model="double", messages=[{"role": "user", "content": "hello"}], stream=True)
+    stream = client.chat.completions.create(
+        model="double", messages=[{"role": "user", "content": "hello"}], stream=True
+    )
 
     chunks = list(stream)
 
@@ -50,7 +52,10 @@ def test_the_official_client_streams(client: openai.OpenAI):
 
 def test_the_official_client_gets_usage_when_it_asks(client: openai.OpenAI):
     stream = client.chat.completions.create(
-        model="double", messages=[{"role": "user", "content": "hello"}], stream=True, stream_options={"include_usage": True}
+        model="double",
+        messages=[{"role": "user", "content": "hello"}],
+        stream=True,
+        stream_options={"include_usage": True},
     )
 
     chunks = list(stream)
@@ -98,7 +103,7 @@ def test_either_header_carries_the_key(gateway: GatewayProcess):
 
 @pytest.mark.parametrize(("method", "path", "status"), [
     ("GET", "/", 404), ("GET", "/v1", 404), ("POST", "/v1/nonesuch", 404), ("POST", "/invocations", 404),
-    ("POST", "/v1/chat/completions/", 404), ("POST", "//v1/chat/completions", 404), ("GET", "/v1/chat/completions", 405),
+    ("POST", "/v1/chat/completions/", 404), ("POST", "//v1/chat/completions", 405), ("GET", "/v1/chat/completions", 405),
     ("DELETE", "/v1/models", 405), ("POST", "/tokenize", 404), ("GET", "/v1/../metrics", 404),
     ("POST", "/v1/%63hat/completions%00", 404),
 ])  # fmt: skip
@@ -112,7 +117,9 @@ def test_everything_else_is_not_here(gateway: GatewayProcess, engine: VllmDouble
     assert len(engine.requests()) == before
 
 
-def test_every_relayed_route_reaches_the_engine_with_our_key_and_not_the_callers(gateway: GatewayProcess, engine: VllmDouble):
+def test_every_relayed_route_reaches_the_engine_with_our_key_and_not_the_callers(
+    gateway: GatewayProcess, engine: VllmDouble
+):
     bodies: dict[str, Any] = {
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
         "/v1/completions": {"prompt": "x"},
@@ -145,7 +152,9 @@ def test_a_transcription_is_relayed_as_it_came(gateway: GatewayProcess):
         f"--{boundary}--\r\n"
     ).encode()
 
-    answer = gateway.request("POST", "/v1/audio/transcriptions", form, content_type=f"multipart/form-data; boundary={boundary}")
+    answer = gateway.request(
+        "POST", "/v1/audio/transcriptions", form, content_type=f"multipart/form-data; boundary={boundary}"
+    )
 
     assert answer.status == 200, answer.body
     assert "text" in answer.json

@@ -93,6 +93,7 @@ class Telemetry:
         self._writer = writer
         self._known_model = known_model
         self._children: dict[tuple[str, str], _Children] = {}
+        self.on_end: Callable[[Call], None] | None = None  # who else wants to know of ended calls
         endpoint = settings.otel_exporter_otlp_endpoint
         self._tracer = traces.Tracer(endpoint, settings.trace_slow_seconds, version) if endpoint else None
 
@@ -115,6 +116,8 @@ class Telemetry:
             self._writer.write(self._line(call, model, duration))
         if self._tracer is not None:
             self._tracer.end(call, duration, model)
+        if self.on_end is not None:
+            self.on_end(call)
 
     def _count(self, call: Call, model: str, duration: float) -> None:
         key = (call.endpoint.name, model)

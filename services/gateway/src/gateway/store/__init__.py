@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from loguru import logger
@@ -172,6 +173,11 @@ class Store:
     def problem(self) -> str | None:
         """Why the store is not healthy, for an operator."""
         return None if self._writer is None else self._writer.problem
+
+    @property
+    def folder(self) -> Path:
+        """Where the spool lies: beside the database file, or SPOOL_DIR."""
+        return self._spool.path.parent
 
     @property
     def aside(self) -> int:
