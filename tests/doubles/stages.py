@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+from loguru import logger
 
 from gateway.call import Call, Outcome, Usage
 from gateway.keyring import Keyring
@@ -16,6 +19,11 @@ from gateway.stages.budget import Budget
 from gateway.stages.ledger import Ledger
 from gateway.store import Database, Started, Store
 from gateway.wire import ENDPOINTS, Request
+
+# A failing test shows what the store complained about, fields included.
+logger.configure(
+    handlers=[{"sink": lambda line: sys.stderr.write(line), "format": "{time:HH:mm:ss.SSS} {message} {extra}"}]
+)
 
 SECRET = "sk-team-0123456789"
 CHAT = "/v1/chat/completions"

@@ -5,9 +5,9 @@ import sqlite3
 import time
 
 import pytest
+from tests.doubles.records import record
 from tests.doubles.stages import SECRET, Stages, settings_for, stages
 
-from gateway.call import UsageRecord
 from gateway.errors import InvalidApiKey
 from gateway.keys import KeyNotFound, digest_of
 from gateway.store import Database, Store, StoreLocked, StoreNewer, StoreUnavailable, accounts, batch, migrate, reports
@@ -20,17 +20,6 @@ def database(tmp_path):
     with database.session():
         migrate(database)
         yield database
-
-
-def record(request_id: str, **fields) -> UsageRecord:
-    """A record of an answered call, started now."""
-    values = {
-        "request_id": request_id, "key_id": "key_1", "organisation": None, "model": "m", "endpoint": "chat_completions",
-        "prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0, "outcome": "ok", "code": None, "status": 200,
-        "stream": False, "started_at": time.time(), "duration_seconds": 1.0, "queue_seconds": 0.0,
-        "first_token_seconds": None, "trace_id": None, "backend": None, "day": "2026-01-01",
-    }  # fmt: skip
-    return UsageRecord(**{**values, **fields})
 
 
 def test_migrations_run_once_and_make_every_table(database):
