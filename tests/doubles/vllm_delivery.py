@@ -7,6 +7,7 @@ import socket
 import struct
 
 from aiohttp import web
+
 from tests.doubles.vllm_directive import Directive
 from tests.doubles.vllm_engine import Record
 

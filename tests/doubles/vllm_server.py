@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+
 from tests.doubles.vllm_delivery import Died, Stream, before_headers, break_off, whole
 from tests.doubles.vllm_dialects import Answer, Chat, Completion, dumps, error_body
 from tests.doubles.vllm_directive import SECRET, Directive

@@ -120,7 +120,7 @@ class Stream:
     def __init__(self, request: Request, usage: Usage) -> None:
         self._request = request
         self._rest = b""
-        self._by_index: dict[bytes, tuple[int, int]] = {}
+        self._by_index: dict[int, tuple[int, int]] = {}
         self._sequence = -1
         self._response_id = ""
         self.usage = usage
@@ -178,7 +178,11 @@ class Stream:
         return b"".join(event if b'"choices":[]' in event else _USAGE_FIELD.sub(b"", event) for event in _events(data))
 
     def _note_each(self, data: bytes) -> None:
-        """Several choices: each chunk's usage counts its own choice, the last event's counts all."""
+        """Several choices: each chunk's usage counts its own choice (and its own prompt); the last event's counts all.
+
+        Choices are numbered prompt by prompt.
+        """
+        a_prompt = max(1, self._request.n // self._request.prompts)
         for event in _events(data):
             found = _USAGE.search(event)
             if found is None:
@@ -187,29 +191,33 @@ class Stream:
             if b'"choices":[]' in event:
                 note(self.usage, said)
             elif index := _INDEX.search(event):
-                self._by_index[index[1]] = (said.prompt_tokens or 0, said.completion_tokens or 0)
-                self.usage.prompt = max(prompt for prompt, _ in self._by_index.values())
+                self._by_index[int(index[1])] = (said.prompt_tokens or 0, said.completion_tokens or 0)
+                prompts = {number // a_prompt: prompt for number, (prompt, _) in self._by_index.items()}
+                self.usage.prompt = sum(prompts.values())
                 self.usage.completion = sum(completion for _, completion in self._by_index.values())
                 self.usage.known = True
 
     def _messages(self, data: bytes) -> bytes:
         # Between message_start and message_delta the engine counts nothing aloud: a delta is at least one token.
-        deltas = data.count(b"event: content_block_delta")
-        if deltas:
-            self.tokens = True
-            self.usage.completion += deltas
-        for event in _events(data) if b'"usage"' in data or b"event: error" in data else ():
+        if b'"usage"' not in data and b"event: error" not in data:
+            self._count(data.count(b"event: content_block_delta"))
+            return self._end_at(data, (b"event: message_stop\n",))
+        for event in _events(data):
             if event.startswith(b"event: error"):
                 raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: message_start", b"event: message_delta")):
                 self._note_event(event)
+            elif event.startswith(b"event: content_block_delta"):
+                self._count(1)
         return self._end_at(data, (b"event: message_stop\n",))
 
-    def _responses(self, data: bytes) -> bytes:
-        deltas = data.count(b".delta\ndata:")
+    def _count(self, deltas: int) -> None:
         if deltas:
             self.tokens = True
             self.usage.completion += deltas
+
+    def _responses(self, data: bytes) -> bytes:
+        self._count(data.count(b".delta\ndata:"))
         if not self._response_id and (found := _RESPONSE_ID.search(data)):
             self._response_id = found[1].decode()
         if sequences := _SEQUENCE.findall(data):

@@ -36,12 +36,13 @@ class Headers:
 class Client:
     """One request and its answer. Sending is a matter of one task at a time; `started` says whether a head is out."""
 
-    __slots__ = ("_receive", "_send", "_watcher", "gone", "headers", "started")
+    __slots__ = ("_receive", "_register", "_send", "_watcher", "gone", "headers", "started")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
         self._watcher: asyncio.Task[None] | None = None
+        self._register: Callable[[Callable[[], None] | None], None] | None = None
         self.headers = Headers(scope["headers"])
         self.started = False
         self.gone = False
@@ -77,6 +78,7 @@ class Client:
         """
         register = (scope.get("extensions") or {}).get("gateway.disconnect")
         if register is not None:
+            self._register = register
             register(on_gone)
         else:
             self._watcher = asyncio.create_task(self._watch(on_gone))
@@ -89,6 +91,9 @@ class Client:
 
     def unwatch(self) -> None:
         """Stop watching; idempotent."""
+        if self._register is not None:
+            self._register(None)
+            self._register = None
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None

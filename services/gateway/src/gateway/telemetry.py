@@ -93,6 +93,7 @@ class Telemetry:
         self._writer = writer
         self._known_model = known_model
         self._children: dict[tuple[str, str], _Children] = {}
+        self.on_end: Callable[[Call], None] | None = None  # who else wants to know of ended calls
         endpoint = settings.otel_exporter_otlp_endpoint
         self._tracer = traces.Tracer(endpoint, settings.trace_slow_seconds, version) if endpoint else None
 
@@ -115,6 +116,8 @@ class Telemetry:
             self._writer.write(self._line(call, model, duration))
         if self._tracer is not None:
             self._tracer.end(call, duration, model)
+        if self.on_end is not None:
+            self.on_end(call)
 
     def _count(self, call: Call, model: str, duration: float) -> None:
         key = (call.endpoint.name, model)
@@ -168,6 +171,10 @@ class Telemetry:
     def fault(self, call: Call, error: BaseException) -> None:
         """Log a fault of ours, once, with its traceback."""
         logger.opt(exception=error).bind(request_id=call.request_id, stage=call.stage).error("call_fault")
+
+    def fault_in_route(self, request_id: str, error: BaseException) -> None:
+        """Log a fault of ours outside the relayed routes."""
+        logger.opt(exception=error).bind(request_id=request_id).error("route_fault")
 
     def refresh(self) -> None:
         """Bring the counters of what was dropped up to date; called before each exposition."""

@@ -161,7 +161,7 @@ class Tracer:
 
     def close(self) -> None:
         """Send what is left; bounded by the exporter's timeout."""
-        self._processor.shutdown()
+        self._processor.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _attributes(call: Call, model: str) -> dict[str, Any]:

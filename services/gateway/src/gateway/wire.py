@@ -67,7 +67,7 @@ class Request:
 
     __slots__ = (
         "affinity", "body_bytes", "endpoint", "fields", "max_output", "media", "model", "n", "output_limit",
-        "priority", "prompt_bound", "prompt_estimate", "raw", "stream", "wants_running_usage", "wants_usage",
+        "priority", "prompt_bound", "prompt_estimate", "prompts", "raw", "stream", "wants_running_usage", "wants_usage",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, raw: bytes, model: str) -> None:
@@ -80,6 +80,7 @@ class Request:
         self.wants_usage = False  # the caller asked for the final usage chunk
         self.wants_running_usage = False  # … for usage on every chunk
         self.n = 1  # sequences generated: n (or best_of) times prompts
+        self.prompts = 1
         self.media = 0
         self.max_output: int | None = None
         self.output_limit: int | None = None
@@ -167,8 +168,8 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps) -> Request:
         _read_output(request, head, caps)
     if endpoint.name == "responses":
         _refuse_stored_responses(head)
-    prompts = _count_prompts(endpoint, fields, caps)
-    request.n *= prompts if endpoint.name == "completions" else 1
+    request.prompts = _count_prompts(endpoint, fields, caps)
+    request.n *= request.prompts if endpoint.name == "completions" else 1
     media, media_bytes = media_in(raw, fields, caps.remote_media)
     if media > caps.media:
         raise InvalidRequest(f"At most {caps.media} images, audios or videos are accepted in one call.")

@@ -1,0 +1,436 @@
+"""The connection protocol: bytes of one client become exchanges, in order, and every state has an end.
+
+One `Connection` reads heads (head.py), bodies and pipelined requests, and runs one exchange (exchange.py) at a time.
+What it may be doing, and what ends that:
+
+| state | ends by |
+|---|---|
+| idle, no byte of a request | the first byte; `idle_seconds`; drain |
+| reading a head | its empty line; `head_seconds` since its first byte (408); `HEAD_BYTES` (431) |
+| reading a body | its end; `body_stall_seconds` of silence, `body_seconds` in all (408); `body_bytes` (413) |
+| answering | the application; the client leaves (end of file counts: leaving and half-closing look the same) |
+| stalled, the client does not read | the client reads; `write_stall_seconds` |
+| discarding a body that the answer did not need | its end; `body_stall_seconds` |
+| lingering after a last answer, so that it is not lost to a reset | end of file; `linger_seconds` |
+
+Deadlines are one number a connection, looked at by one sweep a second for all: no timer is set or cleared per call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from gateway.chunked import Chunked
+from gateway.exchange import Application, Exchange, date_line, status_line
+from gateway.head import HEAD_BYTES, MALFORMED, Head, Refused, parse_head
+
+DISCARD_BYTES = 262_144  # an unread body up to this is read and dropped to keep the connection
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_NEVER = float("inf")
+_ASGI = {"version": "3.0", "spec_version": "2.1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a client may take: seconds, bytes and connections."""
+
+    head_seconds: float = 15.0
+    idle_seconds: float = 75.0
+    body_stall_seconds: float = 30.0
+    body_seconds: float = 300.0
+    write_stall_seconds: float = 120.0
+    linger_seconds: float = 5.0
+    body_bytes: int = 22_020_096
+    connections: int = 16_384
+    sweep_seconds: float = 1.0
+
+
+def refusal(status: int, message: str) -> bytes:
+    """A whole response of the server itself, in the API's error shape; the connection ends with it."""
+    if status == 413:
+        code, kind = "request_too_large", "invalid_request_error"
+    elif status < 500 or status in (501, 505):
+        code, kind = "invalid_request", "invalid_request_error"
+    elif status == 503:
+        code, kind = "shutting_down", "server_error"
+    else:
+        code, kind = "internal_error", "server_error"
+    body = msgspec.json.encode({"error": {"message": message, "type": kind, "code": code, "param": None}})
+    return b"".join(
+        (
+            status_line(status),
+            date_line(),
+            b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body),
+            b"x-request-id: %b\r\n" % os.urandom(16).hex().encode("ascii"),
+            b"retry-after: 1\r\n" if status == 503 else b"",
+            b"connection: close\r\n\r\n",
+            body,
+        )
+    )
+
+
+class Connections:
+    """All connections of one server: the application they serve, their bounds, their sweep, their drain."""
+
+    def __init__(self, application: Application, bounds: Bounds) -> None:
+        self.application = application
+        self.bounds = bounds
+        self.draining = False
+        self.open: set[Connection] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin the sweep."""
+        self.now = loop.time()
+        self._sweep(loop)
+
+    def stop(self) -> None:
+        """End the sweep."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for connection in [c for c in self.open if c.deadline < now]:
+            connection.expire()
+        self._sweeper = loop.call_later(self.bounds.sweep_seconds, self._sweep, loop)
+
+    def drain(self) -> None:
+        """No further request on any connection: idle ones close now, the others after their answer."""
+        self.draining = True
+        for connection in list(self.open):
+            connection.close_if_idle()
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection over HTTP/1.1."""
+
+    __slots__ = (
+        "_body_end", "_buffer", "_connections", "_discard", "_ending", "_exchange", "_loop", "_paused", "_peer",
+        "_scanned", "_server", "_transport", "_waiter", "closed", "deadline", "stalled",
+    )  # fmt: skip
+
+    def __init__(self, connections: Connections, loop: asyncio.AbstractEventLoop) -> None:
+        self._connections = connections
+        self._loop = loop
+        self._buffer = b""  # bytes of requests that have not begun
+        self._scanned = 0  # how far the buffer was searched for the head's end
+        self._discard = 0  # body bytes to drop before the next request
+        self._exchange: Exchange | None = None
+        self._ending = False  # the last byte was written; what still comes is dropped
+        self._paused = False
+        self._body_end = _NEVER
+        self._waiter: asyncio.Future[None] | None = None  # a sender waits for the client to read
+        self._transport: Any = None
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.deadline = _NEVER
+        self.stalled = False  # the client reads more slowly than we write
+
+    # asyncio's callbacks
+
+    def connection_made(self, transport: Any) -> None:
+        """Take the connection; refuse it when there are too many."""
+        self._transport = transport
+        peer, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+        self._peer = tuple(peer[:2]) if isinstance(peer, tuple) else None
+        self._server = tuple(server[:2]) if isinstance(server, tuple) else None
+        connections = self._connections
+        connections.open.add(self)
+        self.deadline = self._loop.time() + connections.bounds.head_seconds
+        if len(connections.open) > connections.bounds.connections:
+            self._refuse(503, "Too many connections.")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._connections.open.discard(self)
+        self.deadline = _NEVER
+        self._ending = True
+        self.resume_writing()
+        if self._exchange is not None:
+            self._exchange.lose()
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def eof_received(self) -> bool:
+        """The client left, or half-closed, which looks the same and is answered as nginx and stock Hypercorn do."""
+        if self._exchange is not None:
+            self._exchange.lose()
+        self._ending = True
+        self.deadline = self._loop.time() + self._connections.bounds.linger_seconds
+        return False
+
+    def pause_writing(self) -> None:
+        """The client does not read: senders wait, but not for ever."""
+        self.stalled = True
+        self.deadline = self._loop.time() + self._connections.bounds.write_stall_seconds
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        if self.stalled:
+            self.stalled = False
+            if not self._ending:
+                self.deadline = _NEVER if self._exchange is not None else self._idle_deadline()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came: of a body, of the next request, or of nobody's interest."""
+        exchange = self._exchange
+        if self._ending:
+            return
+        if exchange is not None:
+            if exchange.body_left:
+                self._feed(exchange, data)
+            else:
+                self._buffer += data  # pipelined: kept, in order, and no more than about a head's worth
+                if len(self._buffer) > HEAD_BYTES:
+                    self.pause()
+            return
+        if self._discard:
+            dropped = min(self._discard, len(data))
+            self._discard -= dropped
+            data = data[dropped:]
+            self.deadline = self._loop.time() + self._connections.bounds.body_stall_seconds
+            if self._discard:
+                return
+        self._buffer = self._buffer + data if self._buffer else data
+        self._next_request()
+
+    # Requests
+
+    def _next_request(self) -> None:
+        """Start the next exchange if its head has come whole; else set the deadline for what is missing."""
+        buffer = self._buffer
+        while buffer[:2] == b"\r\n":  # empty lines before a request are ignored (RFC 9112, 2.2)
+            buffer = buffer[2:]
+            self._scanned = 0
+        self._buffer = buffer
+        end = buffer.find(b"\r\n\r\n", self._scanned) + 4
+        if end < 4 or end > HEAD_BYTES:
+            self._wait_for_head(buffer)
+            return
+        self._scanned = 0
+        try:
+            head = parse_head(buffer[:end])
+        except Refused as error:
+            self._refuse(error.status, error.message)
+            return
+        self._buffer = b""
+        self._start(head, buffer[end:])
+
+    def _wait_for_head(self, buffer: bytes) -> None:
+        if not buffer or buffer == b"\r":
+            self.deadline = self._idle_deadline()
+            return
+        seen = buffer[:HEAD_BYTES]
+        # What can no longer become a request is refused at once, and by the same rule however the bytes were cut.
+        if not 65 <= buffer[0] <= 90 or _BARE_LF.search(seen, max(0, self._scanned)):
+            self._refuse(400, MALFORMED)
+        elif len(buffer) > HEAD_BYTES:
+            self._refuse(431, f"The request's head is larger than {HEAD_BYTES} bytes.")
+        else:
+            if self._scanned == 0:
+                self.deadline = self._loop.time() + self._connections.bounds.head_seconds
+            self._scanned = max(1, len(buffer) - 3)
+
+    def _start(self, head: Head, rest: bytes) -> None:
+        exchange = self._exchange = Exchange(self, head)
+        scope = {
+            "type": "http",
+            "http_version": head.version,
+            "asgi": _ASGI,
+            "method": head.method,
+            "scheme": "http",
+            "path": head.path,
+            "raw_path": head.raw_path,
+            "query_string": head.query,
+            "root_path": "",
+            "headers": head.headers,
+            "client": self._peer,
+            "server": self._server,
+            "state": {},
+            "extensions": {"gateway.disconnect": exchange.on_disconnect, "gateway.close": exchange.close_after},
+        }
+        if head.length:
+            if head.length < 0:
+                exchange.chunks = Chunked()
+            self._body_end = self._loop.time() + self._connections.bounds.body_seconds
+            self._body_deadline()
+            if rest:
+                self._feed(exchange, rest)
+        else:
+            self._buffer = rest
+            self.deadline = _NEVER
+        exchange.task = self._loop.create_task(exchange.run(self._connections.application, scope))
+
+    def _feed(self, exchange: Exchange, data: bytes) -> None:
+        left = exchange.body_left
+        if left > 0:
+            if len(data) > left:
+                self._buffer = data[left:]
+                data = data[:left]
+            exchange.body_left = left - len(data)
+            exchange.take_body(data)
+        else:
+            try:
+                pieces = exchange.chunks.feed(data)
+            except Refused as error:
+                self._fail(exchange, error.status, error.message)
+                return
+            if exchange.chunks.done:
+                exchange.body_left = 0
+                self._buffer = exchange.chunks.rest
+            for piece in pieces:
+                exchange.take_body(piece)
+            exchange.wake()
+        if exchange.body_read > self._connections.bounds.body_bytes:
+            self._fail(exchange, 413, f"The body is larger than {self._connections.bounds.body_bytes} bytes.")
+        elif exchange.body_left:
+            self._body_deadline()
+        elif not self.stalled:
+            self.deadline = _NEVER
+
+    def _fail(self, exchange: Exchange, status: int, message: str) -> None:
+        """The request cannot be finished: answer it if nothing was answered yet, and let the application go."""
+        begun = exchange.started
+        exchange.lose()
+        if begun:
+            self.abort()
+        else:
+            self._refuse(status, message)
+
+    def exchange_ended(self, exchange: Exchange) -> None:
+        """The application returned. Called by the exchange, in the application's task."""
+        self._exchange = None
+        if self._ending or self._transport.is_closing():
+            return
+        if not exchange.answered:
+            if not exchange.started:
+                self._refuse(500, "Internal error.")
+            elif exchange.framed:
+                self._close()  # without its last chunk or byte the client sees that the answer is not whole
+            else:
+                self.abort()  # … and without framing only a reset can tell
+        elif exchange.must_close or self._connections.draining:
+            if exchange.body_left or self._buffer:
+                self._linger()
+            else:
+                self._close()
+        else:
+            self._discard = exchange.body_left
+            if self._paused:
+                self.resume()
+            self.deadline = self._loop.time() + self._connections.bounds.body_stall_seconds
+            if not self._discard:
+                self.deadline = self._idle_deadline()
+                if self._buffer:
+                    self._next_request()
+
+    def can_go_on(self, exchange: Exchange) -> bool:
+        """Whether another request can follow on this connection, seen when the response's head is written."""
+        if self._connections.draining:
+            return False
+        left = exchange.body_left
+        return left == 0 or (0 < left <= DISCARD_BYTES and not exchange.send_continue)
+
+    # Ends
+
+    def expire(self) -> None:
+        """The deadline passed: end what was being waited for."""
+        exchange = self._exchange
+        if self._ending or self.stalled:
+            self.abort()
+        elif exchange is not None:
+            self._fail(exchange, 408, "The request's body did not arrive in time.")
+        elif self._buffer not in (b"", b"\r"):
+            self._refuse(408, "The request's head did not arrive in time.")
+        else:
+            self._close()
+
+    def close_if_idle(self) -> None:
+        """Close the connection unless a request is being answered."""
+        if self._exchange is None and not self._ending:
+            self._close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        logger.debug("server_refused", status=status)
+        self._transport.write(refusal(status, message))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Send what is written, then drop what still comes: closing at once would reset and could lose the answer."""
+        self._close(linger=True)
+
+    def _close(self, linger: bool = False) -> None:
+        self._ending = True
+        self._buffer = b""
+        bounds = self._connections.bounds
+        self.deadline = self._loop.time() + (bounds.linger_seconds if linger else bounds.write_stall_seconds)
+        if self._transport.is_closing():
+            return
+        if linger:
+            if self._paused:
+                self.resume()
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """End the connection now; the client sees a reset."""
+        self._ending = True
+        if self._exchange is not None:
+            self._exchange.lose()
+        self._transport.abort()
+
+    def cancel(self) -> asyncio.Task[None] | None:
+        """Abort, cancel the application, and return its task."""
+        task = self._exchange.task if self._exchange is not None else None
+        self.abort()
+        if task is not None:
+            task.cancel()
+        return task
+
+    # Flow
+
+    def write(self, data: bytes) -> None:
+        """Write bytes of a response."""
+        self._transport.write(data)
+
+    async def drained(self) -> None:
+        """Return when the client has read enough of what was written, or has gone."""
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        if not self._paused and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+            if not self.stalled:
+                self.deadline = _NEVER  # the application is what is waited for
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._paused and not self._transport.is_closing():
+            self._paused = False
+            self._transport.resume_reading()
+            if self._exchange is not None and self._exchange.body_left:
+                self._body_deadline()
+
+    def _body_deadline(self) -> None:
+        if not self._paused:
+            stall = self._loop.time() + self._connections.bounds.body_stall_seconds
+            self.deadline = min(stall, self._body_end)
+
+    def _idle_deadline(self) -> float:
+        return self._loop.time() + self._connections.bounds.idle_seconds

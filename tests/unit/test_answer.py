@@ -1,0 +1,220 @@
+"""Answers: streams stay byte for byte what the engine sent, less what only the gateway asked for."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.answer import BrokenStream, Stream, note_body, note_tail
+from gateway.call import Usage
+from gateway.errors import KeyDisabled, UpstreamError
+from gateway.wire import ENDPOINTS, Caps, parse
+
+
+def request(path: str = "/v1/chat/completions", **fields: Any) -> Any:
+    return parse(ENDPOINTS[path], json.dumps({"model": "m", "stream": True, **fields}).encode(), Caps())
+
+
+def event(data: dict[str, Any] | str, name: str = "") -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
+def chunk(text: str | None, usage: tuple[int, int] | None, index: int = 0, choices: bool = True) -> bytes:
+    delta = {"role": "assistant", "content": ""} if text is None else {"content": text}
+    data: dict[str, Any] = {"id": "c", "object": "chat.completion.chunk", "model": "m", "choices": []}
+    if choices:
+        data["choices"] = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+    if usage is not None:
+        prompt, completion = usage
+        data["usage"] = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion,
+                         "prompt_tokens_details": {"cached_tokens": 2}}  # fmt: skip
+    return event(data)
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def relay(stream: Stream, data: bytes, cuts: list[int]) -> bytes:
+    """Feed `data` cut at `cuts`; what came out, with the terminal event at the end."""
+    out, at = b"", 0
+    for cut in [*sorted(min(cut, len(data)) for cut in cuts), len(data)]:
+        if cut > at:
+            out += stream.feed(data[at:cut])
+            at = cut
+    return out + stream.tail
+
+
+@pytest.mark.parametrize(
+    "options", [None, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}]
+)
+@given(
+    texts=st.lists(st.text(max_size=20) | st.sampled_from(['"usage":{"a":1}', "data: [DONE]\n\n", '"choices":[]', "\\"]),
+                   max_size=6),
+    cuts=st.lists(st.integers(0, 3000), max_size=8),
+)  # fmt: skip
+def test_a_healthy_stream_is_what_the_engine_would_have_sent(options: Any, texts: list[str], cuts: list[int]):
+    every = [None, *texts]
+    got = (
+        b"".join(chunk(text, (7, i)) for i, text in enumerate(every)) + chunk("", (7, len(texts)), choices=False) + DONE
+    )
+    running = bool(options and options.get("continuous_usage_stats"))
+    wanted = b"".join(chunk(text, (7, i) if running else None) for i, text in enumerate(every))
+    if options:
+        wanted += chunk("", (7, len(texts)), choices=False)
+    stream = Stream(request(stream_options=options), Usage())
+
+    assert relay(stream, got, cuts) == wanted + DONE
+    assert stream.ended
+    assert (stream.usage.prompt, stream.usage.completion, stream.usage.cached) == (7, len(texts), 2)
+
+
+def test_the_role_chunk_is_not_the_first_token():
+    stream = Stream(request(), Usage())
+
+    stream.feed(chunk(None, (7, 0)))
+    assert not stream.tokens
+    stream.feed(chunk("x", (7, 1)))
+    assert stream.tokens
+
+
+def test_several_choices_are_added_up_while_they_run():
+    stream = Stream(request(n=2), Usage())
+
+    stream.feed(chunk("a", (7, 1), 0) + chunk("b", (7, 1), 1) + chunk("c", (7, 2), 1))
+    assert (stream.usage.prompt, stream.usage.completion) == (7, 3)
+    stream.feed(chunk("", (7, 9), choices=False))
+    assert stream.usage.completion == 9
+
+
+def test_several_prompts_are_added_up_while_they_run():
+    stream = Stream(request("/v1/completions", prompt=["a", "b"], n=2), Usage())
+
+    stream.feed(chunk("a", (7, 1), 0) + chunk("b", (7, 1), 1) + chunk("c", (5, 2), 2))
+
+    assert (stream.usage.prompt, stream.usage.completion) == (12, 4)
+
+
+@pytest.mark.parametrize("before", [b"", chunk("a", (7, 1))])
+def test_the_engines_error_event_ends_the_stream_without_its_text(before: bytes):
+    stream = Stream(request(), Usage())
+
+    with pytest.raises(BrokenStream) as broken:
+        stream.feed(before + event({"error": {"message": "secret at 0xdeadbeef", "code": 500}}) + DONE)
+
+    assert broken.value.before == (chunk("a", None) if before else b"")
+    assert b"secret" not in stream.broken(broken.value, "r1")
+
+
+def test_a_text_that_looks_like_an_error_event_is_a_text():
+    stream = Stream(request(), Usage())
+    data = chunk('\n\ndata: {"error":{}}', None)
+
+    assert stream.feed(data) == data
+
+
+def test_nothing_follows_the_terminal_event():
+    stream = Stream(request(), Usage())
+
+    assert stream.feed(DONE) == b""
+    assert stream.feed(chunk("x", None)) == b""
+    assert stream.tail == DONE
+
+
+def test_an_endless_event_is_refused():
+    stream = Stream(request(), Usage())
+
+    def endless() -> None:
+        for _ in range(100):
+            stream.feed(b"x" * 100_000)
+
+    with pytest.raises(UpstreamError):
+        endless()
+
+
+MESSAGES = (
+    event(
+        {"type": "message_start", "message": {"id": "m", "usage": {"input_tokens": 9, "output_tokens": 0}}},
+        "message_start",
+    )
+    + event({"type": "content_block_delta", "delta": {"text": "a"}}, "content_block_delta")
+    + event({"type": "content_block_delta", "delta": {"text": "b"}}, "content_block_delta")
+    + event({"type": "message_delta", "usage": {"input_tokens": 9, "output_tokens": 5}}, "message_delta")
+    + event({"type": "message_stop"}, "message_stop")
+)
+RESPONSES = (
+    event({"type": "response.created", "sequence_number": 0, "response": {"id": "resp_1"}}, "response.created")
+    + event({"type": "response.output_text.delta", "sequence_number": 1, "delta": "a"}, "response.output_text.delta")
+    + event({"type": "response.completed", "sequence_number": 2,
+             "response": {"id": "resp_1", "tools": [{"usage": {"x": 1}}],
+                          "usage": {"input_tokens": 9, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 1}}}},
+            "response.completed")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "data"), [("/v1/messages", MESSAGES), ("/v1/responses", RESPONSES)])
+@given(cuts=st.lists(st.integers(0, 700), max_size=6))
+def test_other_dialects_pass_unchanged_and_end_at_their_own_event(path: str, data: bytes, cuts: list[int]):
+    stream = Stream(request(path), Usage())
+
+    assert relay(stream, data, cuts) == data
+    assert stream.ended
+    assert (stream.usage.prompt, stream.usage.completion) == (9, 5)
+
+
+@pytest.mark.parametrize(("path", "data"), [("/v1/messages", MESSAGES), ("/v1/responses", RESPONSES)])
+def test_an_aborted_stream_of_another_dialect_counts_its_deltas(path: str, data: bytes):
+    stream = Stream(request(path), Usage())
+    mark = b"event: message_delta" if path == "/v1/messages" else b"event: response.completed"
+
+    stream.feed(data[: data.index(mark)])
+
+    assert stream.tokens
+    assert stream.usage.completion == (2 if path == "/v1/messages" else 1)
+    assert not stream.ended
+
+
+def test_a_broken_stream_is_told_in_each_dialect():
+    error = KeyDisabled("This key was disabled.")
+    chat = Stream(request(), Usage()).broken(error, "r1")
+    messages = Stream(request("/v1/messages"), Usage()).broken(error, "r1")
+    stream = Stream(request("/v1/responses"), Usage())
+    stream.feed(RESPONSES[: RESPONSES.index(b"event: response.completed")])
+    responses = stream.broken(error, "r1")
+
+    assert json.loads(chat.removeprefix(b"data: "))["error"]["code"] == "key_disabled"
+    name, _, data = messages.partition(b"\ndata: ")
+    assert name == b"event: error"
+    assert json.loads(data)["type"] == "error"
+    name, _, data = responses.partition(b"\ndata: ")
+    failed = json.loads(data)
+    assert name == b"event: response.failed"
+    assert (failed["type"], failed["sequence_number"], failed["response"]["id"]) == ("response.failed", 2, "resp_1")
+
+
+@pytest.mark.parametrize(("body", "tokens"), [
+    ({"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}, (3, 4)),
+    ({"usage": {"prompt_tokens": 3, "total_tokens": 3}}, (3, 0)),
+    ({"usage": {"total_tokens": 3}}, (3, 0)),
+    ({"usage": {"input_tokens": 3, "output_tokens": 4}}, (3, 4)),
+    ({"usage": {"type": "duration", "seconds": 2}}, (100, 0)),
+])  # fmt: skip
+def test_the_usage_of_a_json_answer(body: Any, tokens: tuple[int, int]):
+    whole, tail = Usage(), Usage()
+
+    note_body(whole, json.dumps(body).encode())
+    note_tail(tail, b'"x"]' + json.dumps(body, separators=(",", ":")).encode())
+
+    assert (whole.prompt, whole.completion) == tokens == (tail.prompt, tail.completion)
+
+
+@given(st.binary(max_size=200))
+def test_an_answer_that_says_nothing_changes_nothing(body: bytes):
+    usage = Usage()
+
+    note_body(usage, body)
+    note_tail(usage, body)
+
+    assert usage == Usage()
