@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from tests.doubles.clock import virtual_now
-
 from gateway.backends import Backend, Probe, Registry
 from gateway.call import Call, Caller, Priority
 from gateway.settings import Settings, load
 from gateway.stages.capacity import Capacity
 from gateway.stages.dispatch import choose
 from gateway.wire import ENDPOINTS, Request
+from tests.doubles.clock import virtual_now
 
 _numbers = itertools.count(1)
 CHAT = ENDPOINTS["/v1/chat/completions"]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from scripts.local import running, start
 from scripts.local.places import Places
 from scripts.local.supervisor import Plan, Service
