@@ -42,20 +42,20 @@ class Bench:
 def test_joules_follow_the_tokens_that_moved():
     bench = Bench()
     bench.calls = [call("1", "a", 10), call("2", "b", 0)]
-    bench.meter.share(1000.0)
+    bench.meter.share({"GPU-0": 1000.0})
 
     bench.calls = [call("1", "a", 40), call("2", "b", 10)]
-    bench.meter.share(1400.0)
+    bench.meter.share({"GPU-0": 1400.0})
 
     assert bench.keys == {"a": pytest.approx(300.0), "b": pytest.approx(100.0)}
 
 
 def test_without_calls_it_is_idle_and_with_silent_ones_it_is_shared_evenly():
     bench = Bench()
-    bench.meter.share(0.0)
-    bench.meter.share(50.0)
+    bench.meter.share({"GPU-0": 0.0})
+    bench.meter.share({"GPU-0": 50.0})
     bench.calls = [call("1", "a", 0), call("2", "b", 0)]
-    bench.meter.share(150.0)
+    bench.meter.share({"GPU-0": 150.0})
 
     assert bench.uses == {"idle": 50.0, "calls": 100.0}
     assert bench.keys == {"a": 50.0, "b": 50.0}
@@ -63,11 +63,20 @@ def test_without_calls_it_is_idle_and_with_silent_ones_it_is_shared_evenly():
 
 def test_a_call_that_ended_between_two_readings_pays_too():
     bench = Bench()
-    bench.meter.share(0.0)
+    bench.meter.share({"GPU-0": 0.0})
     bench.meter.note(call("1", "a", 30))
-    bench.meter.share(60.0)
+    bench.meter.share({"GPU-0": 60.0})
 
     assert bench.keys == {"a": 60.0}
+
+
+def test_a_counter_that_begins_anew_and_a_gpu_that_appears():
+    bench = Bench()
+    bench.meter.share({"GPU-0": 1000.0})
+    bench.meter.share({"GPU-0": 40.0, "GPU-1": 5000.0})
+    bench.meter.share({"GPU-1": 5010.0})
+
+    assert bench.uses["idle"] == 50.0
 
 
 @given(
@@ -79,11 +88,11 @@ def test_a_call_that_ended_between_two_readings_pays_too():
 def test_shares_and_idle_are_the_counters_growth(steps: list[tuple[int, list[tuple[str, int]]]]):
     bench = Bench()
     total = 100.0
-    bench.meter.share(total)
+    bench.meter.share({"GPU-0": total / 2, "GPU-1": total / 2})
     for joules, running in steps:
         total += joules
         bench.calls = [call(str(i), key, tokens) for i, (key, tokens) in enumerate(running)]
-        bench.meter.share(total)
+        bench.meter.share({"GPU-0": total / 2, "GPU-1": total / 2})
 
     assert sum(bench.uses.values()) == pytest.approx(total - 100.0)
     assert sum(bench.keys.values()) == pytest.approx(bench.uses["calls"])

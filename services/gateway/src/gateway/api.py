@@ -22,7 +22,6 @@ from gateway.errors import (
 from gateway.wire import ENDPOINTS
 
 if TYPE_CHECKING:
-    from gateway.addresses import Addresses
     from gateway.app import Gateway
     from gateway.call import Caller
 
@@ -41,9 +40,9 @@ def request_id(headers: Headers) -> str:
 class Api:
     """The ASGI application: `POST` on a relayed path bypasses Quart's request and response objects."""
 
-    def __init__(self, gateway: Gateway, addresses: Addresses) -> None:
+    def __init__(self, gateway: Gateway) -> None:
         self._pipeline = gateway.pipeline
-        self._addresses = addresses
+        self._addresses = gateway.addresses
         self.quart = routes(gateway)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +60,7 @@ class Api:
 
 def routes(gateway: Gateway) -> Quart:
     """Every route that is not relayed."""
-    app = Quart("gateway", static_folder=None)  # type: ignore[arg-type]
+    app = Quart("gateway", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024  # admin bodies are small; Quart's default is 16 MiB
     app.config["BODY_TIMEOUT"] = 30
     app.config["RESPONSE_TIMEOUT"] = 60  # nothing is streamed here

@@ -22,7 +22,9 @@ PERIOD_SECONDS = 1.0
 
 
 class _Reading(msgspec.Struct):
-    joules_total: float
+    """The exporter's `/energy`: joules of each GPU since its driver was loaded."""
+
+    gpus: dict[str, float]
 
 
 class Meter:
@@ -39,13 +41,13 @@ class Meter:
         self._calls = calls
         self._record = record
         self._count = count
-        self._last: float | None = None
+        self._counters: dict[str, float] = {}
         self._seen: dict[str, int] = {}  # tokens of running calls at the last reading
         self._ended: list[tuple[str, int]] = []  # key and tokens moved since then by calls that have ended
 
     def note(self, call: Call) -> None:
         """A call has ended: its last tokens still count."""
-        if self._last is not None and call.caller is not None and call.backend is not None:
+        if self._counters and call.caller is not None and call.backend is not None:
             self._ended.append((call.caller.key_id, call.usage.total - self._seen.pop(call.request_id, 0)))
 
     async def run(self) -> None:
@@ -53,17 +55,24 @@ class Meter:
         while True:
             await asyncio.sleep(PERIOD_SECONDS)
             try:
-                total = msgspec.json.decode(await self._read(), type=_Reading).joules_total
+                gpus = msgspec.json.decode(await self._read(), type=_Reading).gpus
             except (UpstreamError, msgspec.DecodeError):
-                self._last = None  # a gap is not shared: nobody knows who ran in it
-                self._seen.clear()
-                self._ended.clear()
-                continue
-            self.share(total)
+                continue  # nothing is lost: the counters go on, and the next reading covers the gap
+            self.share(gpus)
 
-    def share(self, total: float) -> None:
-        """Divide the growth since the last reading; `total` is the counter in joules."""
-        last, self._last = self._last, total
+    def _growth(self, gpus: dict[str, float]) -> float:
+        """Joules since the last reading. A GPU seen first sets its base; a counter that fell began anew."""
+        used = 0.0
+        for uuid, joules in gpus.items():
+            last = self._counters.get(uuid)
+            if last is not None:
+                used += joules - last if joules >= last else joules
+            self._counters[uuid] = joules
+        return used
+
+    def share(self, gpus: dict[str, float]) -> None:
+        """Divide the growth of the counters (joules by GPU) since the last reading."""
+        used = self._growth(gpus)
         moved = [(key_id, tokens) for key_id, tokens in self._ended if tokens > 0]
         present = [key_id for key_id, _ in self._ended]
         self._ended.clear()
@@ -76,9 +85,8 @@ class Meter:
             if (tokens := call.usage.total - self._seen.get(call.request_id, 0)) > 0:
                 moved.append((call.caller.key_id, tokens))
         self._seen = seen
-        if last is None or total <= last:
-            return  # the first reading, or the counter began anew
-        used = total - last
+        if used <= 0:
+            return
         if not present:
             self._count("idle", used)
             return

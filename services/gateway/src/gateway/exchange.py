@@ -188,6 +188,8 @@ class Exchange:
             if out:
                 self.started = True
                 self._connection.write(out)
+            if not more and self._left:
+                raise RuntimeError("the response's body is shorter than its content-length")
             if not more:
                 self.answered = True
                 self.wake()
@@ -211,10 +213,10 @@ class Exchange:
             if not more:
                 data += b"0\r\n\r\n"
         elif self._left is not None:
+            if len(data) > self._left:
+                self._head = head
+                raise RuntimeError("the response's body is longer than its content-length")
             self._left -= len(data)
-            if self._left < 0 or (self._left and not more):
-                self._connection.abort()  # what stands on the wire is not what its head promised
-                raise RuntimeError("the response's body does not match its content-length")
         return data if head is None else head + data
 
     def _rendered(self, status: int, headers: Any) -> bytes:

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import exposition as text
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from gateway.call import STAGES, Outcome
+from gateway.call import STAGES
 
 # SLO thresholds are bucket bounds: 2.5 s to the first token, 30 s for a call, 0.1 s between tokens.
 _DURATION = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -80,13 +78,6 @@ class Metrics:
         self.disk_free = Gauge("gateway_disk_free_bytes", "Free bytes where the ledger lives.", registry=registry)
         self.disk_size = Gauge("gateway_disk_size_bytes", "Size of the disk where the ledger lives.", registry=registry)
         self.build = Gauge("gateway_build_info", "1, with the version.", ("version",), registry=registry)
-
-    def prepare(self, endpoints: Iterable[str], models: Iterable[str]) -> None:
-        """Make series exist before the first call, so that rates see the first one."""
-        for model in models:
-            for endpoint in endpoints:
-                for outcome in (Outcome.OK, Outcome.FAILED):
-                    self.requests.labels(endpoint, model, outcome)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics (with exemplars) where it is asked for, else text."""

@@ -8,7 +8,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from gateway import answer, multipart, wire
-from gateway.call import Call, Outcome
+from gateway.call import Call, Outcome, Priority
 from gateway.errors import (
     CallerError,
     CapacityError,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from gateway.client import Client, RawHeaders, Scope
     from gateway.settings import Settings
-    from gateway.wire import Endpoint
+    from gateway.wire import Endpoint, Request
 
 BODY_SECONDS = 60.0  # time to send a body; nginx has read it whole before, so only direct callers can be slow
 
@@ -41,6 +41,7 @@ class Pipeline:
         self,
         settings: Settings,
         *,
+        registry: Any,
         auth: Any,
         budget: Any,
         capacity: Any,
@@ -49,6 +50,7 @@ class Pipeline:
         telemetry: Any,
     ) -> None:
         self._settings = settings
+        self._registry = registry
         self._auth = auth
         self._budget = budget
         self._capacity = capacity
@@ -82,9 +84,11 @@ class Pipeline:
             if self.draining:
                 raise ShuttingDown("The service is restarting.")
             self._auth.identify(call, client.headers)
+            self._budget.admit(call)
             reserved = self._reserve(client)
-            await self._read(call, client)
+            request = await self._read(call, client)
             self._auth.allow(call)
+            self._registry.pool(request.model)  # refuse a model that nobody serves before anything is taken
             client.watch(scope, lambda: call.abort(ClientGone("The client closed the connection.")))
             call.enter("budget")
             await self._hold(call)
@@ -127,16 +131,24 @@ class Pipeline:
         self._body_bytes += size
         return size
 
-    async def _read(self, call: Call, client: Client) -> None:
+    async def _read(self, call: Call, client: Client) -> Request:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 raw = await client.body(self._settings.max_body_bytes)
         except TimeoutError:
             raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
         if call.endpoint.multipart:
-            call.request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
+            request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
         else:
-            call.request = wire.parse(call.endpoint, raw, self._caps)
+            request = wire.parse(call.endpoint, raw, self._caps)
+        wanted = client.headers.text(b"x-priority")
+        if wanted:
+            try:
+                request.priority = Priority(wanted)
+            except ValueError:
+                raise InvalidRequest("'x-priority' is one of high, normal, low.", param="x-priority") from None
+        call.request = request
+        return request
 
     async def _hold(self, call: Call) -> None:
         # A caller may choose its request id, and the ledger has each id once: a used one is extended.

@@ -349,7 +349,7 @@ class Connection(asyncio.Protocol):
             self.abort()
         elif exchange is not None:
             self._fail(exchange, 408, "The request's body did not arrive in time.")
-        elif self._buffer:
+        elif self._buffer not in (b"", b"\r"):
             self._refuse(408, "The request's head did not arrive in time.")
         else:
             self._close()

@@ -105,6 +105,10 @@ class Settings(BaseSettings):
         None, description="Keys that exist from the start, comma-separated (`name=secret` or `secret`)."
     )
     gateway_admin_key: SecretStr | None = Field(None, description="Key of /admin; without it /admin is closed.")
+    admin_networks: str = Field(
+        "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7",
+        description="Networks (CIDR, comma-separated) from which /admin may be used, with its key.",
+    )
     database_url: str = Field(
         "sqlite:///gateway.sqlite3", description="Keys and ledger: sqlite:///file or postgresql://…"
     )
@@ -120,6 +124,11 @@ class Settings(BaseSettings):
     default_requests_per_minute: int = Field(0, ge=0, description="Requests a minute of such a key.")
     default_tokens_per_minute: int = Field(0, ge=0, description="Tokens a minute of such a key.")
     default_concurrency: int = Field(0, ge=0, description="Calls at once of such a key.")
+    default_output_tokens: int = Field(
+        4096,
+        ge=16,
+        description="Output held for a call that sets no limit itself, where a token limit holds; also its limit.",
+    )
     ip_requests_per_minute: int = Field(0, ge=0, description="Requests a minute of one client address.")
 
     # Telling
@@ -172,7 +181,7 @@ class Settings(BaseSettings):
             raise ValueError("must be a time zone like UTC or Europe/Berlin") from None
         return value
 
-    @field_validator("trusted_proxies")
+    @field_validator("trusted_proxies", "admin_networks")
     @classmethod
     def _networks(cls, value: str) -> str:
         _parse_networks(value)
@@ -206,6 +215,11 @@ class Settings(BaseSettings):
     def proxy_networks(self) -> tuple[Network, ...]:
         """`TRUSTED_PROXIES`, parsed."""
         return _parse_networks(self.trusted_proxies)
+
+    @property
+    def admin_network_list(self) -> tuple[Network, ...]:
+        """`ADMIN_NETWORKS`, parsed."""
+        return _parse_networks(self.admin_networks)
 
     @property
     def backend_configs(self) -> list[BackendConfig]:

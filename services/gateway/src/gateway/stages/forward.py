@@ -23,12 +23,15 @@ from gateway.errors import (
     ModelNotFound,
     NoBackend,
     RequestTooLarge,
+    UnknownRoute,
     UpstreamError,
     UpstreamTimeout,
 )
 from gateway.upstream import BrokenConnection, ConnectError, Exchange, Upstream
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from gateway.call import Call
     from gateway.client import Client, RawHeaders
     from gateway.settings import Settings
@@ -76,18 +79,30 @@ class RetryBudget:
 
 
 class Forward:
-    """Relays calls. `start` and `close` frame its life; one per gateway."""
+    """Relays calls. `start` and `close` frame its life; one per gateway.
 
-    def __init__(self, settings: Settings, upstream: Upstream, registry: Any, capacity: Any, ledger: Any) -> None:
+    `finish` records a whole answer durably and gives back what the call took; it is awaited before the last bytes
+    leave, so that a client's next call finds everything in order. `on_retry` counts retries.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        upstream: Upstream,
+        registry: Any,
+        capacity: Any,
+        finish: Callable[[Call], Awaitable[None]],
+        on_retry: Callable[[], None],
+    ) -> None:
         self._settings = settings
         self._upstream = upstream
         self._registry = registry
         self._capacity = capacity
-        self._ledger = ledger
-        self._budget = RetryBudget(settings.retry_ratio)
+        self._finish = finish
+        self._count_retry = on_retry
+        self._retries = RetryBudget(settings.retry_ratio)
         self._silences: set[_Silence] = set()
         self._sweeper: asyncio.Task[None] | None = None
-        self.retries = 0
 
     def start(self) -> None:
         """Begin to watch for silence."""
@@ -152,7 +167,7 @@ class Forward:
     async def _open(self, call: Call, client: Client) -> Exchange:
         request = call.request
         assert request is not None
-        self._budget.earn()
+        self._retries.earn()
         while True:
             backend = call.backend
             if request.endpoint.multipart:
@@ -175,19 +190,19 @@ class Forward:
                         raise NoBackend("The engine cannot be reached at the moment.") from error
                     raise
                 continue
-            if exchange.status == 503 and self._again(call):
+            if exchange.status == 503 and self._again(call, elsewhere=True):
                 exchange.close()
                 continue
             return exchange
 
-    def _again(self, call: Call) -> bool:
-        if not self._budget.take():
+    def _again(self, call: Call, elsewhere: bool = False) -> bool:
+        if not self._retries.take():
             return False
-        backend = self._capacity.reroute(call)
+        backend = self._capacity.reroute(call, elsewhere)
         if backend is None:
             return False
         call.backend = backend
-        self.retries += 1
+        self._count_retry()
         return True
 
     async def _refuse(self, call: Call, exchange: Exchange) -> None:
@@ -231,7 +246,7 @@ class Forward:
         silence.client = None
         self._registry.report(call.backend, True)
         call.outcome = Outcome.OK
-        await self._ledger.settle(call)
+        await self._finish(call)
         await client.end(stream.tail)
         silence.quiet = True
         if not await exchange.read():
@@ -255,7 +270,7 @@ class Forward:
         answer.note_body(call.usage, body)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
-        await self._ledger.settle(call)
+        await self._finish(call)
         headers = self._head(call, exchange, stream=False)
         headers.append((b"content-length", str(len(body)).encode()))
         await client.start(200, headers)
@@ -283,7 +298,7 @@ class Forward:
         self._registry.report(call.backend, True)
         answer.note_tail(call.usage, tail)
         call.outcome = Outcome.OK
-        await self._ledger.settle(call)
+        await self._finish(call)
         await client.end(pending)
 
     def _head(self, call: Call, exchange: Exchange, *, stream: bool) -> RawHeaders:
@@ -303,6 +318,8 @@ def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
     if status in (400, 404, 405, 413, 415, 422, 501):
         call.outcome = Outcome.REJECTED
         message, param = _message_in(body)
+        if status in (404, 405) and not message:
+            return UnknownRoute(f"This model does not offer {call.path}.")
         if status == 404:
             return ModelNotFound(message or "The engine does not know this model.", param=param)
         if status == 413:

@@ -1,0 +1,1 @@
+"""Local mode: the same path as local processes, for machines without Docker."""

@@ -1,0 +1,127 @@
+"""The forms with Docker: the same verbs, handed to Compose."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .places import ROOT
+from .start import engine_words
+
+ONE_SHOTS = ("init", "model")
+
+
+class ComposeError(Exception):
+    """Compose could not do it; the message has its last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One project: its files and the environment that fills them in."""
+
+    files: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def argv(self, *words: str) -> list[str]:
+        """`docker compose` with our files."""
+        chosen = [part for file in self.files for part in ("-f", str(ROOT / file))]
+        return ["docker", "compose", "--project-directory", str(ROOT), *chosen, *words]
+
+    def ask(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run and take the output."""
+        return subprocess.run(
+            self.argv(*words), env=dict(self.environment), capture_output=True, text=True, check=False, cwd=ROOT
+        )
+
+    def show(self, *words: str) -> int:
+        """Run with its output on the terminal; its exit status."""
+        return subprocess.run(self.argv(*words), env=dict(self.environment), check=False, cwd=ROOT).returncode
+
+    def services(self) -> list[dict[str, Any]]:
+        """Every container of the project: Service, State, Health, ExitCode."""
+        done = self.ask("ps", "--all", "--format", "json")
+        if done.returncode != 0:
+            raise ComposeError(_last(done.stderr))
+        # Newer versions print one object a line, older ones a list.
+        text = done.stdout.strip()
+        if text.startswith("["):
+            listed = json.loads(text)
+            assert isinstance(listed, list)
+            return listed
+        return [json.loads(line) for line in text.splitlines()]
+
+    def running(self) -> bool:
+        """Whether containers of this project are up."""
+        return any(container.get("State") == "running" for container in self.services())
+
+    def healthy(self) -> bool:
+        """Whether everything that should run does, and says that it is well."""
+        containers = self.services()
+        kept = [one for one in containers if one["Service"] not in ONE_SHOTS]
+        return bool(kept) and all(one["State"] == "running" and one.get("Health") in {"healthy", ""} for one in kept)
+
+    def keys(self, words: list[str]) -> subprocess.CompletedProcess[str]:
+        """`gateway keys …` inside the gateway's container."""
+        return self.ask("exec", "-T", "gateway", "gateway", "keys", *words)
+
+    def start(self, say: Any, seconds: float) -> float:
+        """Build, start, and wait until all is healthy; the seconds it took. Raises `ComposeError`."""
+        started = time.monotonic()
+        if self.show("build") != 0:
+            raise ComposeError("an image could not be built (its reason stands above)")
+        # The one-shots first, so that a bad certificate or an unknown model ends it before a service runs.
+        for one_shot in ONE_SHOTS:
+            if self.show("up", "--no-log-prefix", "--exit-code-from", one_shot, one_shot) != 0:
+                raise ComposeError(f"`{one_shot}` failed (its reason stands above)")
+        if self.show("up", "--detach") != 0:
+            raise ComposeError("the services could not be started (the reason stands above)")
+        return self._wait(say, started, seconds)
+
+    def _wait(self, say: Any, started: float, seconds: float) -> float:
+        shown, told_at = "", 0.0
+        while True:
+            elapsed = time.monotonic() - started
+            containers = {one["Service"]: one for one in self.services()}
+            waiting = [
+                name
+                for name, one in containers.items()
+                if name not in ONE_SHOTS and (one["State"] != "running" or one.get("Health") not in {"healthy", ""})
+            ]
+            if not waiting:
+                return elapsed
+            dead = [name for name in waiting if containers[name]["State"] in {"exited", "dead"}]
+            if dead:
+                raise ComposeError(f"{dead[0]} ended:\n{self.ask('logs', '--tail', '15', dead[0]).stdout}")
+            now = f"waiting for {', '.join(sorted(waiting))}; engine: {self._engine_status()}"
+            if now != shown or time.monotonic() - told_at > 30:
+                say(f"{elapsed:4.0f} s  {now}")
+                shown, told_at = now, time.monotonic()
+            if elapsed > seconds:
+                raise ComposeError(f"not healthy after {elapsed:.0f} s (UP_SECONDS): {', '.join(sorted(waiting))}")
+            time.sleep(2)
+
+    def _engine_status(self) -> str:
+        probe = "import urllib.request as u;print(u.urlopen('http://127.0.0.1:8001/status',timeout=3).read().decode())"
+        done = self.ask("exec", "-T", "vllm", "python3", "-c", probe)
+        try:
+            told = json.loads(done.stdout)
+        except ValueError:
+            return "starting"
+        return engine_words(told)
+
+    def copy_certificate(self, to: Path) -> None:
+        """The served certificate, without its key, out of the edge's container."""
+        to.parent.mkdir(parents=True, exist_ok=True)
+        done = self.ask("cp", "nginx:/etc/edge/certificates/fullchain.pem", str(to))
+        if done.returncode != 0:
+            raise ComposeError(f"the certificate cannot be copied: {_last(done.stderr)}")
+
+
+def _last(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

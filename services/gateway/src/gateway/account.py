@@ -1,0 +1,78 @@
+"""What one key, or one organisation, has used and holds; and which day it is."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+
+class Day:
+    """One quota day of one account, in tokens: `used` is settled, `held` is an upper bound of what still runs."""
+
+    __slots__ = ("held", "requests", "used")
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.held = 0
+        self.requests = 0
+
+
+class Account:
+    """The limits' state of a key or an organisation. `live`: request id -> tokens taken from the minute."""
+
+    __slots__ = ("_days", "live", "requests_tat", "tokens_tat", "waiting")
+
+    def __init__(self) -> None:
+        self.requests_tat = 0.0
+        self.tokens_tat = 0.0
+        self.live: dict[str, int] = {}
+        self.waiting: deque[Any] = deque()
+        self._days: dict[str, Day] = {}
+
+    def day(self, name: str) -> Day:
+        """The day `name` (ISO date). A call that runs past midnight settles into the day in which it began."""
+        day = self._days.get(name)
+        if day is None:
+            for old in [known for known, d in self._days.items() if known < name and not d.held]:
+                del self._days[old]
+            day = self._days[name] = Day()
+        return day
+
+
+class Days:
+    """Quota days in one time zone; the current one is computed once a day."""
+
+    def __init__(self, zone: str, clock: Callable[[], float] = time.time) -> None:
+        self._zone = ZoneInfo(zone)
+        self._clock = clock
+        self._today = ""
+        self._start = self._end = 0.0
+
+    def today(self) -> str:
+        """The ISO date of the running day."""
+        now = self._clock()
+        if not self._start <= now < self._end:
+            self._turn(now)
+        return self._today
+
+    def seconds_left(self) -> float:
+        """Seconds until the next day begins."""
+        return self.resets_at() - self._clock()
+
+    def resets_at(self) -> float:
+        """When the next day begins, Unix seconds."""
+        self.today()
+        return self._end
+
+    def _turn(self, now: float) -> None:
+        date = datetime.fromtimestamp(now, self._zone).date()
+
+        def midnight(of: Any) -> float:
+            return datetime(of.year, of.month, of.day, tzinfo=self._zone).timestamp()
+
+        self._today = date.isoformat()
+        self._start, self._end = midnight(date), midnight(date + timedelta(days=1))

@@ -1,0 +1,58 @@
+"""The generic cell rate algorithm: one number per limit, pure, time injected.
+
+A limit of N a minute is a bucket of N units that refills evenly. The only state is `tat`, the theoretical arrival
+time: the moment at which the bucket is full again. Units may be given back or charged later (a call's tokens are
+estimated first and known at its end), so `tat` may lie in the past (a full bucket) or further ahead than the bucket is
+deep (debt, which is paid by waiting). Times are seconds of any monotonic clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+MINUTE = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """`limit` units per `period` seconds, all of them available at once when nothing was used."""
+
+    limit: int
+    period: float = MINUTE
+
+    @property
+    def interval(self) -> float:
+        """Seconds until one unit has refilled."""
+        return self.period / self.limit
+
+    def wait(self, tat: float, now: float, cost: int = 1) -> float:
+        """Seconds until `cost` units are there; 0 if they are. More than the bucket holds counts as a full bucket."""
+        cost = min(cost, self.limit)
+        behind = max(tat, now) + cost * self.interval - self.period - now
+        # A rounding error of the clock's size must not turn 'now' into 'in a moment'.
+        return behind if behind > 1e-6 * max(1.0, self.interval) else 0.0
+
+    def take(self, tat: float, now: float, cost: int = 1) -> float:
+        """The new `tat` after using `cost` units, whether they are there or not."""
+        return max(tat, now) + cost * self.interval
+
+    def give_back(self, tat: float, cost: int) -> float:
+        """The new `tat` after returning `cost` units that `take` used; a bucket is never more than full."""
+        return tat - cost * self.interval
+
+    def remaining(self, tat: float, now: float) -> int:
+        """Whole units available now; 0 while in debt."""
+        left = (self.period - (max(tat, now) - now)) / self.interval
+        return max(0, math.floor(left + 1e-6))
+
+    def reset(self, tat: float, now: float) -> float:
+        """Seconds until the bucket is full."""
+        return max(0.0, tat - now)
+
+
+@lru_cache(maxsize=1024)
+def per_minute(limit: int) -> Rate:
+    """The rate of `limit` units a minute; the same object for the same limit."""
+    return Rate(limit)

@@ -1,0 +1,289 @@
+"""Capacity: when a call may go to an engine. Fair between keys, bounded, and honest about waiting.
+
+With a free place and nobody waiting a call passes without a future or a timer. Else it waits in the `WaitingRoom`; a
+place that becomes free is given away in the same turn of the event loop, so places never lie idle while somebody waits.
+All decisions are synchronous; only `enter` waits. `leave` may be called in any state, any number of times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gateway.call import Priority
+from gateway.drain_rate import DrainRate, Promises
+from gateway.errors import NoBackend, QueueFull, QueueTimeout
+from gateway.fair_queue import Ticket
+from gateway.waiting_room import WaitingRoom
+
+if TYPE_CHECKING:
+    from gateway.backends import Backend, Registry
+    from gateway.call import Call
+    from gateway.errors import GatewayError
+    from gateway.settings import Settings
+
+RANK = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
+PRIORITIES = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
+FIRST_OUTPUT_GUESS = 256.0  # tokens of an answer that nothing bounds, until some have been seen
+ROOM_SHARE = 0.8  # of the longest wait: who would wait longer is told at once
+
+Choose = Callable[[Sequence["Backend"], int | None, float], "Backend"]
+
+
+class Capacity:
+    """Places in the engines and the room in front of them. One per gateway, used from one event loop.
+
+    `registry` knows the engines, `choose` picks one (dispatch), `clock` gives seconds.
+    """
+
+    def __init__(
+        self, settings: Settings, registry: Registry, choose: Choose, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._registry = registry
+        self._choose = choose
+        self._clock = clock
+        self._seconds = settings.queue_seconds
+        self.room = WaitingRoom(settings.queue_calls, settings.queue_tokens, settings.queue_seconds)
+        self._rate = DrainRate(settings.engine_concurrency * len(registry.backends))
+        self._promises = Promises(settings.queue_calls)
+        self._typical_output = FIRST_OUTPUT_GUESS
+        self._timer: asyncio.TimerHandle | None = None
+        registry.on_change = self.pump
+
+    async def enter(self, call: Call) -> None:
+        """Wait for a place; sets `call.grant` and `call.backend`.
+
+        Raises `QueueFull` or `QueueTimeout` with the time after which a place is expected, `NoBackend` when no engine
+        can take it, `ModelNotFound` for a model that nobody serves.
+        """
+        request, caller = call.request, call.caller
+        assert request is not None
+        assert caller is not None
+        now = self._clock()
+        pool = self._registry.pool(request.model)
+        output = request.output_tokens
+        rank = RANK[caller.priority]
+        if request.priority is not None:
+            rank = max(rank, RANK[request.priority])
+        cost = float(request.prompt_estimate + (self._typical_output if output is None else output))
+        ticket = Ticket(caller.key_id, cost, max(1, caller.weight), rank, pool, call)
+        if not call.endpoint.metered:
+            self._bypass(ticket, now)
+        else:
+            if self.room.calls:
+                self.pump()  # a breaker may have become half-open since: those who wait go first
+            if not self._admit(ticket, now):
+                await self._wait(ticket, now)
+        call.enter("dispatch")
+
+    def _bypass(self, ticket: Ticket, now: float) -> None:
+        """Calls that the engine answers without its batch (tokenize, count_tokens) need an engine, but no place."""
+        able = [backend for backend in ticket.pool if backend.available(now)]
+        if not able:
+            raise self._no_backend(ticket.pool)
+        ticket.call.backend = min(able, key=lambda backend: backend.outstanding)
+
+    def _admit(self, ticket: Ticket, now: float) -> bool:
+        """Take a place that is free: nobody who waits could use it, or `pump` would have given it away."""
+        free = [backend for backend in ticket.pool if backend.free(now)]
+        if not free:
+            return False
+        self.room.charge(ticket, now)
+        self._grant(ticket, free, now)
+        return True
+
+    def _grant(self, ticket: Ticket, free: list[Backend], now: float) -> None:
+        call = ticket.call
+        backend = self._choose(free, call.request.affinity, ticket.cost)
+        self._occupy(ticket, backend, now)
+        ticket.granted = now
+        call.grant = ticket
+
+    def _occupy(self, ticket: Ticket, backend: Backend, now: float) -> None:
+        ticket.backend = ticket.call.backend = backend
+        ticket.probe = backend.breaker.take(now)
+        backend.in_flight += 1
+        backend.outstanding += ticket.cost
+
+    def _vacate(self, ticket: Ticket) -> None:
+        backend = ticket.backend
+        ticket.backend = None
+        backend.in_flight -= 1
+        backend.outstanding = max(0.0, backend.outstanding - ticket.cost) if backend.in_flight else 0.0
+        if ticket.probe:
+            ticket.probe = False
+            backend.breaker.release()
+
+    async def _wait(self, ticket: Ticket, now: float) -> None:
+        self._join(ticket, now)
+        call = ticket.call
+        call.grant = ticket
+        ticket.waiter = asyncio.get_running_loop().create_future()
+        self._set_timer()
+        # A cancellation that meets a grant in the same turn is not swallowed: `leave` gives the place back.
+        error = await ticket.waiter
+        call.queue_seconds = self._clock() - now
+        if error is not None:
+            raise error
+
+    def _join(self, ticket: Ticket, now: float) -> None:
+        """Begin to wait, or raise: no engine, no room, or a wait that would be too long."""
+        if not any(backend.available(now) for backend in ticket.pool):
+            raise self._no_backend(ticket.pool)
+        room, key = self.room, ticket.key
+        rate = self._rate.calls_per_second(now)
+        bound = room.limit_calls
+        if self._rate.measured:
+            bound = max(1, min(bound, int(rate * self._seconds * ROOM_SHARE))) if bound else 0
+        promised = self._promises.keep(key, now)
+        held = 0 if promised or room.calls * 2 < bound else self._promises.outstanding(now)
+        if (full := room.full(ticket.cost, bound)) or room.calls + held >= bound:
+            victim = room.victim(ticket)
+            if victim is None:
+                raise self._refusal(ticket, rate, now)
+            if full:  # else only promised places are left, and one is lent to a key that has few
+                if room.tokens - victim.cost + ticket.cost > room.limit_tokens:
+                    raise self._refusal(ticket, rate, now)
+                room.remove(victim)
+                self._wake(victim, self._refusal(victim, rate, now))
+        room.add(ticket, now)
+        self._rate.busy(now)
+
+    def _refusal(self, ticket: Ticket, rate: float, now: float) -> QueueFull:
+        wait = self._promises.make(ticket.key, rate, now)
+        return QueueFull("The waiting room is full.", retry_after=wait, limit="queue_calls")
+
+    def _no_backend(self, pool: Sequence[Backend]) -> NoBackend:
+        wait = self._registry.seconds_to_recovery(tuple(pool))
+        return NoBackend("No engine is available for this model at the moment.", retry_after=max(1.0, wait))
+
+    def _wake(self, ticket: Ticket, error: GatewayError | None) -> None:
+        if error is not None:
+            ticket.call.grant = None
+        if not ticket.waiter.done():
+            ticket.waiter.set_result(error)
+
+    def pump(self) -> None:
+        """Give free places away. Called whenever a place or an engine may have become free."""
+        room = self.room
+        if not room.calls:
+            return
+        now = self._clock()
+        while True:
+            free_of: dict[Any, list[Backend]] = {}
+
+            def has_place(pool: Any, found: dict[Any, list[Backend]] = free_of) -> bool:
+                free = found[pool] = [backend for backend in pool if backend.free(now)]
+                return bool(free)
+
+            ticket = room.next(has_place, now)
+            if ticket is None:
+                break
+            self._rate.admitted(ticket.cost, now)
+            self._grant(ticket, free_of[ticket.pool], now)
+            self._wake(ticket, None)
+        if not room.calls:
+            self._rate.idle()
+
+    def reroute(self, call: Call, elsewhere: bool = False) -> Backend | None:
+        """Move a call whose engine failed before its first byte; the engine to try next, or None.
+
+        Another engine with a free place if there is one, else the same again if it may be used (not if `elsewhere`).
+        """
+        ticket: Ticket | None = call.grant
+        if ticket is None or ticket.backend is None:
+            return None
+        now = self._clock()
+        old: Backend = ticket.backend
+        others = [backend for backend in ticket.pool if backend is not old and backend.free(now)]
+        self._vacate(ticket)
+        if others:
+            chosen = self._choose(others, None, ticket.cost)
+        elif elsewhere or not old.available(now):
+            chosen = None
+        else:
+            chosen = old
+        if chosen is not None:
+            self._occupy(ticket, chosen, now)
+        if chosen is not old:
+            self.pump()
+        return chosen
+
+    def leave(self, call: Call) -> None:
+        """The call is over, or was never let in: return what it has and book what it used."""
+        ticket: Ticket | None = call.grant
+        if ticket is None:
+            return
+        call.grant = None
+        ticket.waiter = None
+        if ticket.granted is None:
+            self.room.remove(ticket)
+            if not self.room.calls:
+                self._rate.idle()
+            return
+        now = self._clock()
+        usage = call.usage
+        used = float(usage.total) if usage.known else ticket.cost
+        self.room.settle(ticket, used)
+        if usage.known:  # a call that failed says nothing about how long calls take
+            self._rate.served(now - ticket.granted, used)
+            if usage.completion:
+                self._typical_output += (usage.completion - self._typical_output) * 0.02
+        if ticket.backend is not None:
+            self._vacate(ticket)
+        ticket.call = None
+        self.pump()
+
+    def _set_timer(self) -> None:
+        if self._timer is None and (deadline := self.room.next_deadline()) is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, deadline - self._clock()), self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        now = self._clock()
+        rate = self._rate.calls_per_second(now)
+        for ticket in self.room.late(now):
+            if any(backend.available(now) for backend in ticket.pool):
+                beyond = self.room.share(ticket) / self._rate.tokens_per_second(now) - self._seconds * ROOM_SHARE
+                wait = self._promises.make(ticket.key, rate, now, at_least=beyond)
+                message = f"No place became free within {self._seconds:g} s."
+                self._wake(ticket, QueueTimeout(message, retry_after=wait, limit="queue_seconds"))
+            else:
+                self._wake(ticket, self._no_backend(ticket.pool))
+        self._set_timer()
+
+    def close(self) -> None:
+        """Stop the timer. Calls that still wait are the pipeline's to end."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # Telling
+
+    def queue(self) -> list[dict[str, Any]]:
+        """Who waits, since when, for what; in order of arrival."""
+        now = self._clock()
+        return [
+            {
+                "request_id": ticket.call.request_id,
+                "key_id": ticket.key,
+                "model": ticket.call.request.model,
+                "endpoint": ticket.call.endpoint.name,
+                "priority": PRIORITIES[ticket.rank],
+                "tokens": round(ticket.cost),
+                "waited_seconds": round(now - ticket.entered, 3),
+                "leaves_in_seconds": round(ticket.entered + self._seconds - now, 3),
+                "why": "engines_busy" if any(b.available(now) for b in ticket.pool) else "no_engine",
+            }
+            for ticket in self.room.waiting()
+        ]
+
+    def waiting(self) -> dict[str, int]:
+        """Calls that wait, by priority (as they are ranked now)."""
+        return {priority: queue.calls for priority, queue in zip(PRIORITIES, self.room.classes, strict=True)}
+
+    def __repr__(self) -> str:
+        return f"<Capacity {self.room!r} {' '.join(map(repr, self._registry.backends))}>"

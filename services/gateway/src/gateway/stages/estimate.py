@@ -1,0 +1,92 @@
+"""What a call may cost, before anything is known: an upper bound for the day, a likely number for the minute.
+
+The bound comes from the request (`prompt_bound`, `n`, what the caller asked for), the key's `max_tokens`,
+`DEFAULT_OUTPUT_TOKENS` where the caller asked for nothing, and the model's length. No tokenizer is involved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.call import Caller
+from gateway.settings import Settings
+from gateway.wire import Request
+
+_UNBOUNDED = 1 << 40  # nothing bounds the output and no token limit needs a bound
+_LEAST_OUTPUT = 16  # a call that nobody bounded is not worth admitting for less
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Tokens a call wants. `most` and `least` bound what it may hold; `likely` is charged to the minute.
+
+    `output` is the output limit for one choice that goes with `most`, None where the engine's own bound is enough.
+    `prompt` is the bound of the prompt, `n` the choices; `generates` is False for embeddings and the like.
+    """
+
+    most: int
+    least: int
+    likely: int
+    prompt: int
+    n: int
+    output: int | None
+    generates: bool
+    asked: int | None
+
+    def limit_for(self, tokens: int) -> int | None:
+        """The output limit of one choice that keeps the call within `tokens`; None: what the caller sent is right."""
+        if not self.generates:
+            return None
+        limit = self.output
+        if tokens < self.most:
+            room = max(1, (tokens - self.prompt) // self.n)
+            limit = room if limit is None else min(limit, room)
+        return None if limit == self.asked else limit
+
+
+def ask(request: Request, caller: Caller | None, settings: Settings, max_model_len: int | None) -> Ask:
+    """Bound one request. Sizes are tokens."""
+    endpoint = request.endpoint
+    n = max(1, request.n)
+    prompt = request.prompt_bound
+    whole = (
+        max(n, request.prompts) * max_model_len if max_model_len else None
+    )  # no sequence is longer than the model's context
+    if endpoint.output_field is None or not endpoint.metered:
+        most = prompt if whole is None else min(prompt, whole)
+        return Ask(most, most, min(request.prompt_estimate, most), most, n, None, False, None)
+    if whole is not None:
+        prompt = min(prompt, whole)
+    asked = request.max_output if request.max_output is not None else endpoint.default_output
+    output = asked
+    caps = [caller.limits.max_tokens if caller else 0, settings.max_output_tokens]
+    for cap in caps:
+        if cap and (output is None or output > cap):
+            output = cap if output is not None or max_model_len is None else min(cap, max_model_len)
+    limited = caller is not None and bool(
+        caller.limits.daily_tokens or caller.limits.tokens_per_minute or caller.organisation_daily_tokens
+    )
+    defaulted = False
+    if output is None and limited:
+        output = settings.default_output_tokens
+        defaulted = True
+    if asked is None and output is not None and max_model_len and prompt + output > max_model_len:
+        # The engine refuses a limit that does not fit behind the prompt, and the prompt's length is only bounded:
+        # its own end of the context bounds the call as well.
+        fits = max_model_len - prompt
+        output = fits if fits >= _LEAST_OUTPUT else None
+    most = _UNBOUNDED if output is None else prompt + n * output
+    if whole is not None:
+        most = min(most, whole)
+    least = prompt + n * (1 if asked is not None else _LEAST_OUTPUT)
+    expected = settings.default_output_tokens // 8 if defaulted or output is None else output
+    return Ask(
+        most=most,
+        least=min(least, most),
+        likely=min(request.prompt_estimate + n * expected, most),
+        prompt=prompt,
+        n=n,
+        output=output,
+        generates=True,
+        asked=asked,
+    )

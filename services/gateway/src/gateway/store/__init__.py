@@ -1,0 +1,222 @@
+"""The truth on disk: keys, holds, usage records, totals, audit. Nothing outside this package imports peewee.
+
+`Store` is what the event loop talks to. Writes that calls wait for go through one writer thread with group commit;
+everything else (admin, reports) runs on a connection of its own in a thread of the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from loguru import logger
+
+from gateway.call import UsageRecord
+from gateway.settings import Settings
+from gateway.spool import Spool
+from gateway.store import accounts, batch, recovery, reports
+from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, spool_folder
+from gateway.store.schema import migrate
+from gateway.store.writer import ENERGY, HOLD, PROGRESS, RECORD, SETTLE, STOP, WORK, Writer, replay
+
+__all__ = [
+    "Database",
+    "Started",
+    "Store",
+    "StoreLocked",
+    "StoreNewer",
+    "StoreUnavailable",
+    "accounts",
+    "migrate",
+    "reports",
+]
+
+T = TypeVar("T")
+POLL_SECONDS = 0.1  # a change by another process is noticed within this time
+_SWEEP_SECONDS = 60.0
+_OWNERSHIP_PATIENCE = 3.0  # PostgreSQL needs a moment to see that a killed gateway has gone
+
+
+@dataclass(slots=True)
+class Started:
+    """What a start found and did."""
+
+    lost: int = 0
+    """Calls of a dead process, settled at their last known usage."""
+    replayed: int = 0
+    """Records that a former process had kept aside."""
+    seeded: dict[str, int] = field(default_factory=dict)
+    damaged: str | None = None
+    """Name of the damaged file that was set aside."""
+
+
+class Store:
+    """Keys and ledger of one database. Made on the event loop; every method is called on it."""
+
+    def __init__(self, settings: Settings, on_keys: Callable[[accounts.Changes], None]) -> None:
+        self._settings = settings
+        self._on_keys = on_keys
+        self._database = Database(settings.database_url, busy_seconds=2.0)
+        self._spool = Spool(spool_folder(self._database, settings.spool_dir))
+        self._writer: Writer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._generation = -1
+        self._live: Callable[[], frozenset[str]] = frozenset
+        self._next_sweep = 0.0
+
+    # Life
+
+    async def start(self, live: Callable[[], frozenset[str]] = frozenset) -> Started:
+        """Open, migrate, recover and read the keys; then start the writer.
+
+        `live` tells the request ids of running calls, so that the sweeper leaves their holds alone. Raises
+        `StoreLocked` when another gateway owns the database, `StoreNewer`, or `StoreUnavailable`.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._live = live
+        self._next_sweep = time.monotonic() + _SWEEP_SECONDS
+        writer = Writer(self._database, self._spool, self._loop, self._open, self._poll, POLL_SECONDS)
+        writer.start()
+        try:
+            started, changes = await writer.opened
+        except BaseException:
+            self._database.disown()
+            raise
+        self._writer = writer
+        self._on_keys(changes)
+        return started  # type: ignore[no-any-return]
+
+    def _open(self, database: Database) -> tuple[Started, accounts.Changes]:
+        """In the writer's thread, on its connection, which stays open."""
+        started = Started()
+        if database.path is not None:
+            database.own()  # before anything is looked at: a running gateway's file is not ours to judge
+            if (what := recovery.damage(database.path)) is not None:
+                aside = recovery.set_aside(database.path)
+                database.connect()
+                saved = recovery.rescue(aside, database)
+                started.damaged = aside.name
+                logger.error("database_damaged", problem=what, set_aside=str(aside), rescued=saved)
+        database.connect()
+        if not database.sqlite:
+            self._own_patiently()
+        migrate(database)
+        if self._spool.count():
+            started.replayed = replay(database, self._spool)
+            logger.info("spool_replayed", records=started.replayed)
+        started.lost = recovery.settle_orphans(database, time.time())
+        if started.lost:
+            logger.warning("holds_settled", calls=started.lost)
+        configured = self._settings.gateway_api_keys
+        started.seeded = accounts.seed(database, configured.get_secret_value() if configured else None)
+        if started.seeded["deleted"]:
+            logger.warning("seeded_keys_deleted", keys=started.seeded["deleted"])
+        self._generation = accounts.generation(database)
+        return started, accounts.changes_since(database, -1)
+
+    def _own_patiently(self) -> None:
+        deadline = time.monotonic() + _OWNERSHIP_PATIENCE
+        while True:
+            try:
+                return self._database.own()
+            except StoreLocked:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    async def close(self) -> None:
+        """Commit what is queued, end the writer, give the database up."""
+        if self._writer is not None:
+            self._writer.send(STOP, None)
+            await asyncio.to_thread(self._writer.join)
+            self._writer = None
+        self._database.disown()
+
+    # Calls: never blocking, answered when durable
+
+    def hold(self, row: batch.HoldRow) -> asyncio.Future[bool]:
+        """Record a hold (columns of `schema.HOLD_COLUMNS`); False if its request id is in the ledger already."""
+        return self._running.submit(HOLD, row)
+
+    def settle(self, record: UsageRecord) -> asyncio.Future[None]:
+        """Record an ended call and delete its hold; once per request id. Resolved when durable (database or spool)."""
+        return self._running.submit(SETTLE, record)
+
+    def record(self, record: UsageRecord, *, held: bool = True) -> None:
+        """As `settle`, for a call whose end nobody waits for. Without a hold the request id may be changed."""
+        self._running.send(SETTLE if held else RECORD, record)
+
+    def add_energy(self, rows: Sequence[batch.EnergyRow]) -> None:
+        """Add joules to keys' days: `(day, key id, joules)`."""
+        self._running.send(ENERGY, list(rows))
+
+    def progress(self, rows: Sequence[batch.ProgressRow]) -> None:
+        """Note what running calls have used so far, and renew their leases."""
+        self._running.send(PROGRESS, rows)
+
+    @property
+    def _running(self) -> Writer:
+        assert self._writer is not None, "the store was not started"
+        return self._writer
+
+    @property
+    def healthy(self) -> bool:
+        """Whether new calls can be recorded."""
+        writer = self._writer
+        return writer is not None and writer.healthy and writer.is_alive()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the store is not healthy, for an operator."""
+        return None if self._writer is None else self._writer.problem
+
+    @property
+    def folder(self) -> Path:
+        """Where the spool lies: beside the database file, or SPOOL_DIR."""
+        return self._spool.path.parent
+
+    @property
+    def aside(self) -> int:
+        """Records that wait outside the database: `gateway_ledger_spool_records`."""
+        return 0 if self._writer is None else self._writer.aside
+
+    # Everything else
+
+    async def read(self, work: Callable[[Database], T]) -> T:
+        """Run a query on a connection of its own. Raises `StoreUnavailable`."""
+        return await asyncio.to_thread(self._session, work)
+
+    async def change(self, work: Callable[[Database], T]) -> T:
+        """Run a change of keys and wait until the keys in memory have it. Raises `StoreUnavailable`."""
+        result = await asyncio.to_thread(self._session, work)
+        await self._running.submit(WORK, self._poll)
+        return result
+
+    def _session(self, work: Callable[[Database], T]) -> T:
+        with self._database.session() as database:
+            return work(database)
+
+    def _poll(self, database: Database) -> None:
+        """In the writer's thread: load keys that changed; now and then sweep."""
+        now = accounts.generation(database)
+        if now != self._generation:
+            # A smaller number: an older database was put in its place.
+            changes = accounts.changes_since(database, self._generation if now > self._generation else -1)
+            self._generation = now
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._on_keys, changes)
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + _SWEEP_SECONDS
+            lost = recovery.settle_orphans(database, time.time(), live=self._live(), expired_only=True)
+            if lost:
+                logger.warning("holds_expired", calls=lost)
+            self._forget(database)
+
+    def _forget(self, database: Database) -> None:
+        days = self._settings.usage_retention_days
+        if days and reports.forget(database, time.time() - days * 86_400) == 500:
+            self._next_sweep = time.monotonic()  # more to do; other work goes first

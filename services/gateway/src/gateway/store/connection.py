@@ -1,0 +1,180 @@
+"""One database, SQLite or PostgreSQL, behind peewee: connections, transactions, errors, the lock of the one owner.
+
+Statements use `?` for parameters everywhere. Every failure of a driver arrives as `StoreUnavailable`. A connection
+belongs to the thread that opened it (peewee keeps one per thread).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import peewee
+
+Row = tuple[Any, ...]
+
+
+class StoreUnavailable(Exception):
+    """The database refuses or cannot be reached; nothing was changed."""
+
+
+class StoreLocked(Exception):
+    """Another gateway owns this database."""
+
+
+class StoreNewer(Exception):
+    """The database has a form that this program does not know."""
+
+
+class Database:
+    """Connections to the database of one `DATABASE_URL`."""
+
+    OWNER_LOCK = 0x6761_7465_7761_7901  # advisory lock keys; any constants will do
+    MIGRATION_LOCK = 0x6761_7465_7761_7902
+    Newer = StoreNewer
+
+    def __init__(self, url: str, *, busy_seconds: float = 5.0) -> None:
+        self.sqlite = url.startswith("sqlite:///")
+        self.path: Path | None = None
+        self._lock_file: IO[str] | None = None
+        self._database: Any
+        if self.sqlite:
+            self.path = Path(url.removeprefix("sqlite:///")).absolute()
+            self._database = peewee.SqliteDatabase(
+                str(self.path),
+                # WAL: readers never wait for the writer. FULL: a commit has reached the disk when it returns.
+                pragmas={
+                    "journal_mode": "wal",
+                    "synchronous": "full",
+                    "wal_autocheckpoint": 2000,
+                    "cache_size": -16_000,
+                },
+                lock_type="IMMEDIATE",
+                timeout=busy_seconds,
+                cached_statements=256,
+            )
+        else:
+            self._database = peewee.PostgresqlDatabase(
+                url,
+                prefer_psycopg3=True,
+                connect_timeout=3,
+                application_name="gateway",
+                keepalives_idle=5,
+                keepalives_interval=2,
+                keepalives_count=3,
+                tcp_user_timeout=10_000,
+                options="-c statement_timeout=30000 -c lock_timeout=5000",
+            )
+        self._texts: dict[str, str] = {}
+
+    # Statements
+
+    def run(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """Execute one statement on this thread's connection; returns the cursor (iterable, `rowcount`)."""
+        if not self.sqlite:
+            text = self._texts.get(sql)
+            if text is None:
+                text = self._texts[sql] = sql.replace("?", "%s")
+            sql = text
+        with self.errors():
+            return self._database.execute_sql(sql, parameters)
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """All rows of a query."""
+        cursor = self.run(sql, parameters)
+        with self.errors():
+            return list(cursor.fetchall())
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn every driver's failure into `StoreUnavailable`."""
+        try:
+            yield
+        except (peewee.PeeweeException, sqlite3.Error, OSError) as error:
+            raise StoreUnavailable(f"{type(error).__name__}: {str(error)[:300]}") from error
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All statements inside, or none. SQLite takes its write lock at once."""
+        with self.errors(), self._database.atomic():
+            yield
+
+    def durable(self, wanted: bool) -> None:
+        """Whether the next transactions of this thread wait for the disk. Called outside a transaction.
+
+        Without it a commit still survives the death of this process, not the loss of power.
+        """
+        if self.sqlite:
+            self.run("PRAGMA synchronous = FULL" if wanted else "PRAGMA synchronous = NORMAL")
+        else:
+            self.run("SET synchronous_commit = on" if wanted else "SET synchronous_commit = off")
+
+    # Connections
+
+    def connect(self) -> None:
+        """Open this thread's connection, unless it is open."""
+        if self.sqlite and self.path is not None and not self.path.parent.is_dir():
+            raise StoreUnavailable(f"the folder {self.path.parent} does not exist")
+        with self.errors():
+            self._database.connect(reuse_if_open=True)
+
+    def close(self) -> None:
+        """Close this thread's connection; a broken one is dropped."""
+        try:
+            with self.errors():
+                while self._database.transaction_depth():
+                    self._database.pop_transaction()
+                self._database.close()
+        except StoreUnavailable:
+            self._database._state.reset()  # peewee keeps a connection whose close failed; ours is gone either way
+
+    @contextmanager
+    def session(self) -> Iterator[Database]:
+        """A connection for one piece of work on this thread."""
+        self.connect()
+        try:
+            yield self
+        finally:
+            self.close()
+
+    # The one owner
+
+    def own(self) -> None:
+        """Become the one gateway on this database. Raises `StoreLocked` if another one is."""
+        if self.sqlite:
+            assert self.path is not None
+            if self._lock_file is None:
+                lock = self.path.with_name(self.path.name + ".lock")
+                with self.errors():
+                    file = open(lock, "a", encoding="utf-8")  # noqa: SIM115 - kept open: closing it gives the lock up
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.close()
+                    raise StoreLocked(f"another gateway uses {self.path}") from None
+                self._lock_file = file
+        elif not self.rows("SELECT pg_try_advisory_lock(?)", (self.OWNER_LOCK,))[0][0]:
+            raise StoreLocked("another gateway uses this PostgreSQL database")
+
+    def disown(self) -> None:
+        """Give the ownership up; on PostgreSQL it ends with the connection."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+
+    @property
+    def place(self) -> str:
+        """Where the data is, for a log line: never a password."""
+        return str(self.path) if self.path is not None else "postgresql"
+
+
+def spool_folder(database: Database, configured: str | None) -> Path:
+    """Where records are kept while the database refuses: `SPOOL_DIR`, else beside the SQLite file, else here."""
+    if configured:
+        return Path(configured)
+    return database.path.parent if database.path is not None else Path(os.getcwd())

@@ -1,0 +1,86 @@
+"""Reading usage: totals by day, by key, organisation or model; and keeping the ledger's table small."""
+
+# ruff: noqa: S608 - only names of our own schema are put into statements; values are always parameters
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gateway.store.connection import Database
+
+GROUPS = {"key": "key_id", "organisation": "organisation", "model": "model", "day": "day"}
+
+
+def usage(database: Database, first: str | None, last: str | None, group: str) -> list[dict[str, Any]]:
+    """Totals from day `first` to day `last` (ISO dates, both included, None = open), one row a member of `group`."""
+    column = GROUPS[group]
+    where, parameters = [], []
+    for day, sign in ((first, ">="), (last, "<=")):
+        if day is not None:
+            where.append(f"t.day {sign} ?")
+            parameters.append(day)
+    named = group == "key"
+    text = (
+        f"SELECT t.{column}, {'MAX(k.name)' if named else 'NULL'}, SUM(t.prompt_tokens), SUM(t.completion_tokens), "
+        "SUM(t.cached_tokens), SUM(t.requests), SUM(t.refusals) FROM daily_totals t "
+        + ("LEFT JOIN keys k ON k.id = t.key_id " if named else "")
+        + (f"WHERE {' AND '.join(where)} " if where else "")
+        + f"GROUP BY t.{column} ORDER BY t.{column}"
+    )
+    return [
+        {
+            column: name,
+            **({"name": label} if named else {}),
+            "prompt_tokens": int(prompt),
+            "completion_tokens": int(completion),
+            "cached_tokens": int(cached),
+            "requests": int(requests),
+            "refusals": int(refusals),
+        }
+        for name, label, prompt, completion, cached, requests, refusals in database.rows(text, parameters)
+    ]
+
+
+def energy(database: Database, key_id: str, day: str) -> float | None:
+    """Joules of a key on one day; None when nothing was ever measured."""
+    rows = database.rows("SELECT joules FROM daily_energy WHERE key_id = ? AND day = ?", (key_id, day))
+    return float(rows[0][0]) if rows else None
+
+
+def audit(database: Database, most: int = 1000) -> list[dict[str, Any]]:
+    """The newest audit rows, newest first."""
+    return [
+        {"at": at, "actor": actor, "action": action, "subject": subject, "details": msgspec.json.decode(details)}
+        for at, actor, action, subject, details in database.rows(
+            "SELECT at, actor, action, subject, details FROM audit ORDER BY id DESC LIMIT ?", (most,)
+        )
+    ]
+
+
+def day_totals(database: Database, day: str) -> list[tuple[str, str, int, int]]:
+    """`(key id, organisation or "", tokens, requests)` of one day."""
+    return [
+        (key_id, organisation, int(tokens), int(requests))
+        for key_id, organisation, tokens, requests in database.rows(
+            "SELECT key_id, organisation, SUM(prompt_tokens + completion_tokens), SUM(requests) FROM daily_totals "
+            "WHERE day = ? GROUP BY key_id, organisation",
+            (day,),
+        )
+    ]
+
+
+def forget(database: Database, before: float, most: int = 500) -> int:
+    """Delete up to `most` of the oldest usage records that started before `before` (Unix seconds); totals stay.
+
+    Returns how many went. A small piece at a time: nobody waits long for the write lock.
+    """
+    with database.transaction():
+        return int(
+            database.run(
+                "DELETE FROM usage_records WHERE id IN (SELECT id FROM usage_records ORDER BY id LIMIT ?) "
+                "AND started_at < ?",
+                (most, before),
+            ).rowcount
+        )

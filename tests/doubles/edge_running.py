@@ -1,0 +1,177 @@
+"""A real nginx with the rendered configuration on free ports, in front of `edge_upstream`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+import pytest
+from services.init import certificate, nginx_conf
+
+Value = TypeVar("Value")
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed on this machine (apt-get install nginx)")
+
+
+def wait_until(what: str, probe: Callable[[], Value | None], seconds: float = 15) -> Value:
+    """The first true answer of `probe`; fails saying `what` never came true."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        found = probe()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds} s in vain for: {what}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def accepts(port: int) -> bool:
+    """Whether somebody listens on 127.0.0.1:`port`."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def nginx_version() -> tuple[nginx_conf.Version, nginx_conf.Version]:
+    """The versions of the nginx here and of its OpenSSL."""
+    assert NGINX is not None
+    told = subprocess.run([NGINX, "-V"], capture_output=True, text=True, check=True).stderr
+    return nginx_conf.parse_version(told.splitlines()[0]), nginx_conf.openssl_version(told)
+
+
+@dataclasses.dataclass
+class Upstream:
+    """The process behind nginx."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def next_line(self, seconds: float = 5) -> str:
+        """What it prints next; empty when nothing comes in time."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline().strip() if ready else ""
+
+
+@dataclasses.dataclass
+class Edge:
+    """A running edge: where it listens and what it writes."""
+
+    folder: Path
+    settings: nginx_conf.Edge
+    process: subprocess.Popen[bytes]
+    upstream: Upstream
+    https: int
+    http: int
+    status: int
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.https}"
+
+    def trust(self) -> ssl.SSLContext:
+        """A client's context that trusts exactly this edge."""
+        return ssl.create_default_context(cafile=str(self.folder / "certificates" / certificate.CHAIN))
+
+    def client(self, http2: bool = False, **more: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, verify=self.trust(), http2=http2, timeout=20, **more)
+
+    def access_log(self) -> list[dict[str, Any]]:
+        """The whole access log; every line must be JSON."""
+        path = self.folder / "access.log"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def logged(self, request_id: str) -> dict[str, Any]:
+        """The log line of one call, once it is written."""
+
+        def found() -> dict[str, Any] | None:
+            lines = [line for line in self.access_log() if line["request_id"] == request_id]
+            return lines[0] if lines else None
+
+        return wait_until(f"the log line of {request_id}", found)
+
+    def reload(self) -> None:
+        """As start.sh does after a change."""
+        self.process.send_signal(1)  # SIGHUP
+
+
+@contextlib.contextmanager
+def upstream(port: int = 0) -> Iterator[Upstream]:
+    """The double as a process."""
+    program = Path(__file__).with_name("edge_upstream.py")
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        running = Upstream(process, 0)
+        running.port = int(running.next_line(15))
+        yield running
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def edge(folder: Path, **settings: Any) -> Iterator[Edge]:
+    """nginx in front of the double; `settings` override `nginx_conf.Edge`'s fields."""
+    assert NGINX is not None
+    https, http, status = free_ports(3)
+    for name in ("run", "certificates", "own"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    ends = certificate.install(folder / "own", folder / "certificates", ("edge.test",)).ends
+    with upstream() as behind:
+        described = nginx_conf.Edge(
+            **{
+                "gateway": f"127.0.0.1:{behind.port}",
+                "resolver": None,
+                "run": str(folder / "run"),
+                "access_log": str(folder / "access.log"),
+                "https_listen": f"127.0.0.1:{https}",
+                "http_listen": f"127.0.0.1:{http}",
+                "status_listen": f"127.0.0.1:{status}",
+                "https_port": https,
+                "chain": str(folder / "certificates" / certificate.CHAIN),
+                "key": str(folder / "certificates" / certificate.KEY),
+                "certificate_ends": ends.timestamp(),
+                **settings,
+            }
+        )
+        config = folder / "nginx.conf"
+        config.write_text(nginx_conf.render(described, *nginx_version()))
+        for path in (folder, *folder.parents):
+            if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077 == 0:
+                path.chmod(0o711)  # workers of a root nginx run as another user
+        tested = subprocess.run([NGINX, "-t", "-q", "-c", config], capture_output=True, text=True, check=False)
+        assert tested.returncode == 0, tested.stderr
+        with (folder / "error.log").open("wb") as errors:
+            process = subprocess.Popen([NGINX, "-c", config, "-p", folder], stderr=errors)
+        try:
+            wait_until("nginx listens", lambda: accepts(https))
+            yield Edge(folder, described, process, behind, https, http, status)
+        finally:
+            process.terminate()
+            process.wait(10)

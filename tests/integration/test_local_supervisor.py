@@ -1,0 +1,154 @@
+"""Local mode's supervisor: it brings back what dies, stops in order, and leaves nothing, even when it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from scripts.local import running, start
+from scripts.local.places import Places
+from scripts.local.supervisor import Plan, Service
+from tests.doubles.edge_running import accepts, free_ports, wait_until
+
+LISTEN = """
+import signal, socket, subprocess, sys, time
+name, port, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+server = socket.create_server(("127.0.0.1", port), reuse_port=False)
+if how == "child":  # one that would outlive us, in our group
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def end(*_):
+    print("ended", name, time.monotonic(), flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if how == "deaf" else end)
+print("started", name, flush=True)
+while True:
+    server.accept()[0].close()
+"""
+
+
+def service(name: str, port: int, how: str = "plain", stop_seconds: float = 5) -> Service:
+    return Service(
+        name, [sys.executable, "-c", LISTEN, name, str(port), how], dict(os.environ), stop_seconds=stop_seconds
+    )
+
+
+LAUNCHED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[Places]:
+    place = Places(tmp_path)
+    place.logs.mkdir()
+    yield place
+    running.stop(place)
+    while LAUNCHED:
+        LAUNCHED.pop().wait(10)
+
+
+def launched(places: Places, *services: Service) -> None:
+    LAUNCHED.append(start.launch(places, Plan(str(places.state), list(services))))
+
+
+def started(places: Places, *services: Service) -> running.Running:
+    launched(places, *services)
+
+    def all_there() -> running.Running | None:
+        found = running.running(places)
+        return found if found is not None and set(found.alive()) == {one.name for one in services} else None
+
+    return wait_until("all services run", all_there)
+
+
+def test_what_dies_comes_back(places: Places) -> None:
+    port, other = free_ports(2)
+    found = started(places, service("a", port), service("b", other))
+    wait_until("both listen", lambda: accepts(port) and accepts(other))
+    first, second = found.alive()["a"].pid, found.alive()["b"].pid
+    os.kill(first, signal.SIGKILL)
+
+    def another() -> bool:
+        now = running.running(places)
+        return now is not None and now.alive().get("a") is not None and now.alive()["a"].pid != first
+
+    wait_until("another process for a", another)
+    wait_until("it listens", lambda: accepts(port))
+    now = running.running(places)
+    assert now is not None
+    assert now.restarts() == {"a": 1, "b": 0}
+    assert now.last_exit("a") == -signal.SIGKILL
+    assert now.alive()["b"].pid == second
+
+
+def test_down_stops_in_reverse_order_and_frees_the_ports(places: Places) -> None:
+    ports = free_ports(3)
+    found = started(places, *(service(name, port) for name, port in zip("abc", ports, strict=True)))
+    wait_until("all listen", lambda: all(accepts(port) for port in ports))
+    processes = list(found.alive().values())
+    assert running.stop(places) == []
+    assert not any(accepts(port) for port in ports)
+    assert not any(process.is_running() for process in processes)
+    assert running.running(places) is None
+    ends = [(places.logs / f"{name}.log").read_text().split()[-1] for name in "cba"]
+    assert [float(moment) for moment in ends] == sorted(float(moment) for moment in ends)
+
+
+def test_one_that_ignores_the_signal_is_killed_with_its_children(places: Places) -> None:
+    port, other = free_ports(2)
+    found = started(places, service("deaf", port, "deaf", stop_seconds=0.5), service("parent", other, "child"))
+    wait_until("both listen", lambda: accepts(port) and accepts(other))
+    children = wait_until("the child", lambda: found.alive()["parent"].children())
+    assert running.stop(places) == []
+    assert not accepts(port)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_down_after_a_killed_supervisor_ends_its_orphans(places: Places) -> None:
+    port = free_ports(1)[0]
+    found = started(places, service("orphan", port))
+    wait_until("it listens", lambda: accepts(port))
+    supervisor = found.supervisor
+    assert supervisor is not None
+    supervisor.kill()
+    supervisor.wait(5)
+    assert accepts(port)
+    assert running.stop(places) == ["orphan"]
+    assert not accepts(port)
+
+
+def test_a_pid_that_was_given_again_is_left_alone(places: Places) -> None:
+    """The file names this very test process, with another start time: it must not be touched."""
+    places.run.mkdir()
+    (places.run / "appliance.json").write_text(
+        f'{{"supervisor": {{"pid": {os.getpid()}, "created": 1.0}}, "services": '
+        f'{{"x": {{"pid": {os.getpid()}, "created": 1.0, "restarts": 0}}}}}}'
+    )
+    assert running.stop(places) == []
+    assert running.running(places) is None
+
+
+def test_a_service_that_cannot_start_waits_longer_each_time(places: Places) -> None:
+    broken = Service("broken", [sys.executable, "-c", "raise SystemExit(7)"], dict(os.environ))
+    launched(places, broken)
+
+    def three_times() -> running.Running | None:
+        found = running.running(places)
+        return found if found is not None and found.restarts().get("broken", 0) >= 2 else None
+
+    found = wait_until("two restarts", three_times)
+    assert found.last_exit("broken") == 7
+
+
+def test_no_secret_of_an_environment_is_written_down(places: Places) -> None:
+    port = free_ports(1)[0]
+    secret = "sk-only-in-an-environment"
+    one = service("a", port)
+    started(places, Service(one.name, one.argv, {**one.environment, "SECRET": secret}))
+    wait_until("it listens", lambda: accepts(port))
+    for path in places.state.rglob("*"):
+        assert not path.is_file() or secret not in path.read_text(errors="replace")

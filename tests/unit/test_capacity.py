@@ -1,0 +1,392 @@
+"""Entering and leaving: places, waiting, refusals, cancellation in every state, retries. In virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.doubles.clock import run_virtual, virtual_now
+from tests.doubles.flow import call, capacity, used
+
+from gateway.backends import Probe
+from gateway.call import Call, Priority
+from gateway.errors import GatewayError, ModelNotFound, NoBackend, QueueFull, QueueTimeout
+from gateway.stages.capacity import Capacity
+from gateway.wire import ENDPOINTS
+
+TWO = json.dumps([{"name": n, "url": f"http://{n}:1", "models": ["m"]} for n in ("one", "two")])
+
+
+def virtual(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run an async test in virtual time."""
+
+    def run() -> None:
+        run_virtual(test())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+def waiting(room: Capacity, made: Call) -> asyncio.Task[None]:
+    """A task that enters."""
+    made.task = asyncio.create_task(room.enter(made))
+    return made.task
+
+
+async def settle_down() -> None:
+    """Let everything that is ready run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def places(room: Capacity) -> int:
+    """Places taken in all engines."""
+    return sum(backend.in_flight for backend in room._registry.backends)
+
+
+@virtual
+async def test_a_free_place_is_taken_without_waiting() -> None:
+    room = capacity()
+    made = call()
+
+    await room.enter(made)
+
+    assert made.backend.name == "vllm"
+    assert (made.queue_seconds, made.stage, places(room)) == (0.0, "dispatch", 1)
+    room.leave(made)
+    room.leave(made)
+    assert (places(room), made.backend.outstanding) == (0, 0.0)
+
+
+@virtual
+async def test_a_place_goes_to_the_next_in_the_turn_in_which_it_becomes_free() -> None:
+    room = capacity(engine_concurrency=1)
+    first, second = call(), call("b")
+    await room.enter(first)
+    task = waiting(room, second)
+    await asyncio.sleep(2.5)
+    assert room.waiting() == {"high": 0, "normal": 1, "low": 0}
+    (entry,) = room.queue()
+    assert (entry["key_id"], entry["waited_seconds"], entry["why"]) == ("b", 2.5, "engines_busy")
+
+    room.leave(first)
+
+    assert places(room) == 1
+    await task
+    assert (second.queue_seconds, virtual_now()) == (2.5, 2.5)
+
+
+@virtual
+async def test_the_longest_wait_ends_in_503_with_a_time_to_come_back() -> None:
+    room = capacity(engine_concurrency=1, queue_seconds=5)
+    await room.enter(call())
+    late = call()
+
+    with pytest.raises(QueueTimeout) as caught:
+        await room.enter(late)
+
+    assert virtual_now() == pytest.approx(5.0)
+    assert caught.value.retry_after >= 1
+    room.leave(late)
+    assert room.room.calls == 0
+
+
+@virtual
+async def test_a_full_room_refuses_with_a_time_to_come_back() -> None:
+    room = capacity(engine_concurrency=1, queue_calls=2)
+    await room.enter(call())
+    tasks = [waiting(room, call()) for _ in range(2)]
+    await settle_down()
+
+    with pytest.raises(QueueFull) as caught:
+        await room.enter(call())
+
+    assert caught.value.retry_after >= 1
+    assert not any(task.done() for task in tasks)
+
+
+@virtual
+async def test_a_light_key_finds_room_in_a_room_full_of_a_heavy_one() -> None:
+    room = capacity(engine_concurrency=1, queue_calls=3)
+    running = call("hog")
+    await room.enter(running)
+    hogs = [call("hog") for _ in range(3)]
+    tasks = [waiting(room, hog) for hog in hogs]
+    await settle_down()
+
+    light = call("light")
+    entering = waiting(room, light)
+    await settle_down()
+
+    assert isinstance(tasks[2].exception(), QueueFull)
+    room.leave(hogs[2])
+    room.leave(running)
+    await settle_down()
+    assert entering.done() != tasks[0].done(), "the hog's first call or the light one, by their accounts"
+    assert places(room) == 1
+
+
+@virtual
+async def test_no_room_at_all_is_a_valid_size() -> None:
+    room = capacity(engine_concurrency=1, queue_calls=0)
+    await room.enter(call())
+
+    with pytest.raises(QueueFull):
+        await room.enter(call("b"))
+
+
+@virtual
+async def test_cancellation_gives_back_what_was_taken_in_every_state() -> None:
+    room = capacity(engine_concurrency=1)
+    first, second, third = call("a"), call("b"), call("c")
+    await room.enter(first)
+    tasks = [waiting(room, second), waiting(room, third)]
+    await settle_down()
+
+    tasks[0].cancel()  # while it waits
+    await asyncio.gather(tasks[0], return_exceptions=True)
+    room.leave(second)
+    assert room.room.calls == 1
+
+    room.leave(first)  # the place goes to the third …
+    assert third.backend is not None
+    tasks[1].cancel()  # … which is cancelled before it learns of it
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[1]
+    room.leave(third)
+
+    assert (places(room), room.room.calls) == (0, 0)
+
+
+@virtual
+async def test_an_error_that_meets_a_cancellation_is_not_lost_in_the_loop() -> None:
+    problems: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    room = capacity(engine_concurrency=1, queue_calls=1)
+    await room.enter(call())
+    hog = call("hog")
+    task = waiting(room, hog)
+    await settle_down()
+    other = waiting(room, call("high", priority=Priority.HIGH))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    room.leave(hog)
+    del task
+    other.cancel()
+    await settle_down()
+
+    assert problems == []
+
+
+@virtual
+async def test_a_caller_may_lower_its_class_and_never_raise_it() -> None:
+    room = capacity(engine_concurrency=1)
+    running = call()
+    await room.enter(running)
+    for made in (
+        call("a", priority=Priority.NORMAL, asked=Priority.HIGH),
+        call("b", priority=Priority.HIGH, asked=Priority.LOW),
+        call("c", priority=Priority.LOW),
+    ):
+        waiting(room, made)
+    await settle_down()
+
+    assert [entry["priority"] for entry in room.queue()] == ["normal", "low", "low"]
+
+
+@virtual
+async def test_without_an_engine_the_answer_comes_at_once() -> None:
+    room = capacity(up=False)
+    with pytest.raises(NoBackend):
+        await room.enter(call())
+    engines = room._registry
+    engines.note(engines.backends[0], Probe(True, ("m",)))
+    with pytest.raises(ModelNotFound):
+        await room.enter(call(model="other"))
+    for _ in range(5):
+        engines.report(engines.backends[0], False)
+
+    with pytest.raises(NoBackend) as caught:
+        await room.enter(call())
+
+    assert caught.value.retry_after == pytest.approx(5.0)
+
+
+@virtual
+async def test_those_who_wait_survive_a_short_outage_and_go_on_by_the_probe() -> None:
+    room = capacity(engine_concurrency=1, breaker_failures=1, breaker_seconds=3)
+    engines = room._registry
+    running = call()
+    await room.enter(running)
+    tasks = [waiting(room, made := call(str(n))) for n in range(3)]
+    made.task = None
+    await settle_down()
+
+    engines.report(engines.backends[0], False)
+    room.leave(running)
+    await asyncio.sleep(2.9)
+    assert not any(task.done() for task in tasks)
+    assert {entry["why"] for entry in room.queue()} == {"no_engine"}
+    await asyncio.sleep(0.2)
+
+    assert [task.done() for task in tasks].count(True) == 1, "one probe"
+
+
+@virtual
+async def test_a_call_that_waits_for_nothing_is_told_the_true_reason() -> None:
+    room = capacity(engine_concurrency=1, queue_seconds=4)
+    running = call()
+    await room.enter(running)
+    task = waiting(room, call())
+    await settle_down()
+    for _ in range(2):
+        room._registry.note(room._registry.backends[0], Probe(False))
+
+    with pytest.raises(NoBackend):
+        await task
+
+
+@virtual
+async def test_a_retry_moves_the_place_to_another_engine() -> None:
+    room = capacity(backends=TWO)
+    made = call()
+    await room.enter(made)
+    old = made.backend
+
+    new = room.reroute(made)
+
+    assert new is not old
+    assert (old.in_flight, new.in_flight, old.outstanding, new.outstanding) == (0, 1, 0.0, 200.0)
+    room.leave(made)
+    assert places(room) == 0
+
+
+@virtual
+async def test_a_retry_stays_where_it_is_when_there_is_no_other_engine() -> None:
+    room = capacity()
+    made = call()
+    await room.enter(made)
+
+    assert room.reroute(made) is made.backend
+    assert room.reroute(made, elsewhere=True) is None
+    assert places(room) == 0, "its place was given up"
+    room.leave(made)
+    assert places(room) == 0
+
+
+@virtual
+async def test_a_probe_that_ends_without_a_result_does_not_block_the_engine() -> None:
+    room = capacity(breaker_failures=1, breaker_seconds=1)
+    engines = room._registry
+    engines.report(engines.backends[0], False)
+    await asyncio.sleep(1.1)
+    probe = call()
+    await room.enter(probe)
+    with pytest.raises(NoBackend):
+        await room.enter(call())
+
+    room.leave(probe)  # cancelled: neither good nor bad
+
+    await room.enter(call())
+
+
+@virtual
+async def test_tokenizing_needs_an_engine_but_no_place() -> None:
+    room = capacity(engine_concurrency=1)
+    await room.enter(call())
+    made = call(endpoint=ENDPOINTS["/v1/tokenize"])
+
+    await room.enter(made)
+
+    assert made.backend is not None
+    assert places(room) == 1
+    room.leave(made)
+
+
+@virtual
+async def test_a_busy_model_does_not_hold_up_another() -> None:
+    models = [{"name": n, "url": f"http://{n}:1", "models": [n]} for n in ("big", "small")]
+    room = capacity(engine_concurrency=1, queue_calls=1, backends=json.dumps(models))
+    await room.enter(call(model="big"))
+    waiting(room, call(model="big"))
+    await settle_down()
+
+    await room.enter(call(model="small"))
+
+    assert places(room) == 2
+
+
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["enter", "enter", "leave", "cancel", "retry", "fail", "succeed", "sick", "well", "pass"]),
+        st.integers(0, 30),
+        st.sampled_from("abc"),
+    ),
+    max_size=80,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ACTIONS, st.integers(0, 4), st.integers(1, 3))
+def test_places_are_conserved_whatever_happens(
+    actions: list[tuple[str, int, str]], queue_calls: int, concurrency: int
+) -> None:
+    async def main() -> None:
+        room = capacity(
+            queue_calls=queue_calls,
+            engine_concurrency=concurrency,
+            queue_seconds=3,
+            breaker_failures=2,
+            breaker_seconds=1,
+            backends=TWO,
+        )
+        engines = room._registry
+        live: list[tuple[Call, asyncio.Task[None]]] = []
+        for what, which, key in actions:
+            picked = live[which % len(live)] if live else None
+            backend = engines.backends[which % 2]
+            if what == "enter":
+                made = call(key, prompt=which * 10, priority=list(Priority)[which % 3])
+                live.append((made, waiting(room, made)))
+            elif what in ("leave", "cancel") and picked:
+                live.remove(picked)
+                if what == "cancel" or not picked[1].done():
+                    picked[1].cancel()
+                    await asyncio.gather(picked[1], return_exceptions=True)
+                room.leave(used(picked[0], which, which))
+            elif what == "retry" and picked and picked[1].done():
+                room.reroute(picked[0], elsewhere=bool(which % 2))
+            elif what in ("fail", "succeed"):
+                engines.report(backend, what == "succeed")
+            elif what in ("sick", "well"):
+                engines.note(backend, Probe(what == "well", ("m",)))
+            elif what == "pass":
+                await asyncio.sleep(which / 10)
+            await asyncio.sleep(0)
+            check(room, [made for made, _ in live])
+        for made, task in live:
+            task.cancel()
+            outcome = (await asyncio.gather(task, return_exceptions=True))[0]
+            assert outcome is None or isinstance(outcome, GatewayError | asyncio.CancelledError)
+            room.leave(made)
+        check(room, [])
+        room.close()
+        assert (places(room), room.room.calls, room.room.tokens) == (0, 0, 0.0)
+
+    def check(room: Capacity, live: list[Call]) -> None:
+        now = virtual_now()
+        for backend in room._registry.backends:
+            holders = [made for made in live if made.grant is not None and made.grant.backend is backend]
+            assert backend.in_flight == len(holders) <= backend.limit
+            assert backend.outstanding == pytest.approx(sum(made.grant.cost for made in holders))
+            assert not (room.room.calls and backend.free(now)), "no place lies idle while somebody waits"
+        assert room.room.calls <= room.room.limit_calls
+        assert room.room.calls == sum(queue.calls for queue in room.room.classes)
+
+    run_virtual(main())
