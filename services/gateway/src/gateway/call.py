@@ -196,7 +196,8 @@ class Call:
         seconds = dict(self.stage_seconds)
         seconds[self.stage] = seconds.get(self.stage, 0.0) + now - self.mark
         parts = [f"{stage};dur={value * 1000:.2f}" for stage, value in seconds.items()]
-        return f"loop;dur={self.loop_lag * 1000:.2f}, {', '.join(parts)}, total;dur={(now - self.started) * 1000:.2f}".encode()
+        whole = f"total;dur={(now - self.started) * 1000:.2f}"
+        return f"loop;dur={self.loop_lag * 1000:.2f}, {', '.join(parts)}, {whole}".encode()
 
     def abort(self, cause: GatewayError) -> None:
         """End the call from outside (client left, key revoked, gateway stops). The first cause wins."""

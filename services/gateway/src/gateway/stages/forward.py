@@ -265,9 +265,10 @@ class Forward:
                 await self._large(call, client, exchange, silence, parts)
                 return
         exchange.release()
-        self._registry.report(call.backend, True)
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        answer.note_body(call.usage, body)
+        if not answer.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
+            raise UpstreamError("The engine's answer is not the JSON that it says it is.")
+        self._registry.report(call.backend, True)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
