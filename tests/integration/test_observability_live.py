@@ -32,7 +32,7 @@ WITHOUT = {
     "alertmanager_.*": "of Alertmanager, which has tests of its own",
     "engine:prefix_cache_hits_per_queries:ratio_rate5m": "the double has no prefix cache",
     "engine_.*": "of the engine's supervisor, which runs in tests/engine",
-    "vllm:(admission_rejections|corrupted_requests|prompt_tokens_by_source)_total": ELSEWHERE,
+    "vllm:(admission_rejections|prompt_tokens_by_source)_total": ELSEWHERE,
     "vllm:(time_to_first_token|inter_token_latency|e2e_request_latency)_seconds.*": ELSEWHERE,
     "vllm:request_(queue|prefill|decode)_time_seconds.*": ELSEWHERE,
     "vllm:request_(prompt|generation)_tokens.*": ELSEWHERE,
@@ -56,6 +56,7 @@ QUIET = {
     "Every board: annotation Pages": WELL,
     "Every board: annotation Restarts": WELL,
     "Every board: annotation Deploys": "empty once the gateway has run for two minutes",
+    "Engine: CPU": "as Memory",
     "Engine: Memory": "of vLLM and its supervisor, which run in tests/engine; the double is one process with the test",
 }
 WORDS = frozenset(
