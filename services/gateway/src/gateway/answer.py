@@ -93,14 +93,17 @@ def note(usage: Usage, said: _Usage) -> None:
     usage.known = True
 
 
-def note_body(usage: Usage, body: bytes) -> None:
-    """Read the usage of a whole JSON answer; a body that is not JSON says nothing."""
+def note_body(usage: Usage, body: bytes) -> bool:
+    """Read the usage of a whole JSON answer. Returns False if the body is no JSON at all."""
     try:
         said = _body.decode(body).usage
+    except msgspec.ValidationError:
+        return True  # JSON of another shape; it says nothing about usage
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return
+        return False
     if said is not None:
         note(usage, said)
+    return True
 
 
 def note_tail(usage: Usage, tail: bytes) -> None:
