@@ -148,6 +148,19 @@ def test_a_failing_call_is_counted_and_leaves_the_rest(library: Path, tmp_path: 
     assert page.value("gpu_exporter_call_failures_total", error="no_permission") == 1
 
 
+def test_an_older_driver_is_asked_by_the_older_names(library: Path, tmp_path: Path) -> None:
+    scenario = Scenario(tmp_path, "h100")
+    scenario.change(_0__Temperature__0="!13", _0__OlderTemperature__0="47")
+    scenario.change(_0__CurrentClocksEventReasons="!13", _0__CurrentClocksThrottleReasons="0x40")
+    scenario.change(_0__MemoryInfo_v2="!13", _0__MemoryInfo="1000 400 600")
+    page = sampled(scenario, library)
+
+    assert page.value("gpu_temperature_celsius", gpu="0") == 47
+    assert page.value("gpu_clock_event_active", reason="hw_thermal_slowdown") == 1
+    assert page.value("gpu_memory_used_bytes", gpu="0") == 600
+    assert page.values("gpu_memory_reserved_bytes") == page.values("gpu_exporter_call_failures_total") == []
+
+
 def test_names_of_one_kind_only(library: Path, tmp_path: Path) -> None:
     page = sampled(Scenario(tmp_path, "h100"), library, METRIC_NAMES="dcgm")
 

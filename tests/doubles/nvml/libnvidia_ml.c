@@ -263,6 +263,14 @@ int nvmlDeviceGetFanSpeedRPM(Device device, Versioned *request) {
     if (result == OK) request->answer = atoi(value);
     return result;
 }
+/* The older names of calls: drivers before 2024 know only these. Their keys are the older names as well. */
+int nvmlDeviceGetTemperature(Device device, int sensor, uint *out) {
+    char value[512];
+    int result = find_with(device, value, "OlderTemperature", sensor);
+    if (result == OK) *out = (uint)atoi(value);
+    return result;
+}
+U64(CurrentClocksThrottleReasons) U64(SupportedClocksThrottleReasons)
 typedef struct { uint version; int margin; } Margin;
 int nvmlDeviceGetMarginTemperature(Device device, Margin *request) {
     char value[512];
