@@ -84,7 +84,7 @@ static int find_with(Device device, char *value, const char *call, int argument)
 }
 static void numbers(const char *value, u64 *out, int wanted) {
     char *cursor = (char *)value;
-    for (int i = 0; i < wanted; i++) out[i] = (u64)strtoll(cursor, &cursor, 0);
+    for (int i = 0; i < wanted; i++) out[i] = strtoull(cursor, &cursor, 0);
 }
 
 static int text_answer(int result, const char *value, char *out, uint size) {

@@ -7,6 +7,7 @@ What a GPU does not support is asked once and then left out until the probe is r
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -377,4 +378,5 @@ def _field_value(value: Any) -> float:
 
 
 def _add(found: dict[str, list[Reading]], quantity: str, value: float, *labels: str) -> None:
-    found.setdefault(quantity, []).append((float(value), labels))
+    if math.isfinite(value):  # a share of no time at all is no number
+        found.setdefault(quantity, []).append((float(value), labels))
