@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from tests.doubles.gateway import KEY, GatewayProcess
 from tests.doubles.vllm import wait_until
 
