@@ -147,6 +147,7 @@ class Budget:
             if caller.limits.daily_tokens and account.day(today).used >= caller.limits.daily_tokens:
                 refusals.append(self._exhausted("daily_tokens", 0))
         if refusals:
+            call.limit_headers = self.headers(call)
             raise _longest(refusals)
 
     def _refusals(self, call: Call, caller: Caller, account: Account, tokens: int, now: float) -> list[GatewayError]:
