@@ -18,11 +18,13 @@ import msgspec
 from gateway import answer, wire
 from gateway.call import Outcome
 from gateway.errors import (
+    ClientGone,
     GatewayError,
     InvalidRequest,
     ModelNotFound,
     NoBackend,
     RequestTooLarge,
+    UnknownRoute,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -126,6 +128,9 @@ class Forward:
 
     def _judge(self, silence: _Silence, now: float) -> None:
         if not silence.quiet:
+            # The engine waits for the client. A reader that never comes back must not keep its place for ever.
+            if now - silence.since > self._settings.idle_seconds:
+                silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
             self._registry.report(silence.call.backend, False)
@@ -154,7 +159,8 @@ class Forward:
             else:
                 await self._whole(call, client, exchange, silence)
         except UpstreamError:
-            self._registry.report(call.backend, False)
+            if exchange is not None:  # `_open` has told of its own failures
+                self._registry.report(call.backend, False)
             raise
         finally:
             self._silences.discard(silence)
@@ -264,9 +270,10 @@ class Forward:
                 await self._large(call, client, exchange, silence, parts)
                 return
         exchange.release()
-        self._registry.report(call.backend, True)
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        answer.note_body(call.usage, body)
+        if not answer.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
+            raise UpstreamError("The engine's answer is not the JSON that it says it is.")
+        self._registry.report(call.backend, True)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
@@ -317,6 +324,8 @@ def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
     if status in (400, 404, 405, 413, 415, 422, 501):
         call.outcome = Outcome.REJECTED
         message, param = _message_in(body)
+        if status in (404, 405) and not message:
+            return UnknownRoute(f"This model does not offer {call.path}.")
         if status == 404:
             return ModelNotFound(message or "The engine does not know this model.", param=param)
         if status == 413:
