@@ -47,6 +47,8 @@ class Wire:
         head = f"POST {path} HTTP/1.1\r\nhost: edge.test\r\nauthorization: Bearer {key}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n"
         head += f"x-request-id: {request_id}\r\n" if request_id else ""
+        if trust is not None:
+            head += "connection: close\r\n"  # nginx keeps a client's connection, however the answer ended
         self.socket = socket.socket()
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
