@@ -47,13 +47,23 @@ def join(appliance: Appliance, service: str, network: str) -> None:
     appliance.docker("network", "connect", "--alias", service, name, appliance.container(service))
 
 
+FILL = """
+import os
+place = os.statvfs("/volume")
+assert place.f_blocks * place.f_frsize < 1e9, "this would fill the machine's own disk"
+with open("/volume/filler", "wb", buffering=0) as filler:
+    for size in (65536, 1):
+        try:
+            while True:
+                filler.write(bytes(size))
+        except OSError:
+            pass
+"""
+
+
 def fill(appliance: Appliance, volume: str) -> None:
-    """Writes until the volume's file system is full."""
-    _in_volume(
-        appliance,
-        volume,
-        "import os\nf = open('/volume/filler', 'wb')\ntry:\n    while True: f.write(bytes(65536)); f.flush()\nexcept OSError: pass\ntry:\n    while True: f.write(bytes(1)); f.flush()\nexcept OSError: pass",
-    )
+    """Writes until the volume's file system is full; refuses to do it to a disk that others use."""
+    _in_volume(appliance, volume, FILL)
 
 
 def free(appliance: Appliance, volume: str) -> None:
