@@ -76,7 +76,7 @@ class Stack:
             raise ComposeError("an image could not be built (its reason stands above)")
         # The one-shots first, so that a bad certificate or an unknown model ends it before a service runs.
         for one_shot in ONE_SHOTS:
-            if self.show("up", "--no-log-prefix", "--exit-code-from", one_shot, one_shot) != 0:
+            if self.show("run", "--rm", one_shot) != 0:
                 raise ComposeError(f"`{one_shot}` failed (its reason stands above)")
         if self.show("up", "--detach") != 0:
             raise ComposeError("the services could not be started (the reason stands above)")

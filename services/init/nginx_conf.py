@@ -65,7 +65,7 @@ class Edge:
     requests_per_second: int = 100  # per client address; 0 = none
     connections: int = 512  # per client address; with HTTP/2 each running call counts; 0 = none
     shutdown_seconds: int = 60
-    upstream_keepalive_seconds: int = 15
+    upstream_keepalive_seconds: int = 60  # below the gateway's 75
     hsts: bool = False
     grafana: str | None = None  # host:port to show under /grafana/, None: not at the edge
     certificate_ends: float | None = None  # Unix seconds, for the metric; None: not known here

@@ -55,11 +55,12 @@ def call(
     model: str = "m",
     affinity: int | None = None,
     endpoint: Any = CHAT,
+    raw: bytes = b"{}",
 ) -> Call:
     """A call that has passed auth and budget."""
     made = Call(f"r{next(_numbers)}", endpoint, endpoint.path, "127.0.0.1")
     made.caller = Caller(key, key, weight=weight, priority=priority)
-    request = Request(endpoint, b"{}", model)
+    request = Request(endpoint, raw, model)
     request.prompt_estimate = prompt
     request.max_output = output
     request.priority = asked

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import signal
 import sys
 import time
@@ -364,6 +365,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 async def serve(options: argparse.Namespace) -> None:
     """Listen until SIGTERM or SIGINT, then abort what runs, as vLLM does by default."""
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # malformed requests are part of the tests
     runner = web.AppRunner(
         Double(options).application(),
         access_log=None,

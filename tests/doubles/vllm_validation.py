@@ -8,6 +8,8 @@ from typing import Any
 from tests.doubles.vllm_dialects import error_body
 from tests.doubles.vllm_engine import chat_tokens, content_tokens
 
+MAX_N_SEQUENCES = 16384  # VLLM_MAX_N_SEQUENCES
+
 
 class Refusal(Exception):
     """A request that vLLM refuses."""
@@ -40,8 +42,16 @@ def parse(content_type: str, body: bytes, models: tuple[str, ...]) -> dict[str, 
     if parsed.get("stream_options") and not parsed.get("stream"):
         raise Refusal("Stream options can only be defined when `stream=True`.", "Bad Request", 400, "stream_options")
     temperature = parsed.get("temperature")
-    if isinstance(temperature, int | float) and temperature < 0:
+    if temperature is not None and not isinstance(temperature, int | float):
+        raise Refusal("1 validation error:\n  Input should be a valid number", "Bad Request", 400, "body.temperature")
+    if temperature is not None and temperature < 0:
         raise Refusal(f"temperature must be non-negative, got {temperature}.", param="temperature")
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
+        value = parsed.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise Refusal(f"{name} must be at least 1, got {value}.", param=name)
+    if (parsed.get("n") or 1) > MAX_N_SEQUENCES:
+        raise Refusal(f"n must be at most {MAX_N_SEQUENCES}, got {parsed['n']}.", param="n")
     return parsed
 
 

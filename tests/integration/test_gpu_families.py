@@ -18,7 +18,7 @@ from gpu_exporter.native import FAMILIES, MIG_FAMILIES
 GOLDEN = Path(__file__).parents[1] / "golden" / "gpu"
 # What differs from run to run.
 VOLATILE = re.compile(
-    r"^((?:# (?:HELP|TYPE) )?process_.*|(gpu_exporter_(last_collect_(timestamp|duration)_seconds|collects_total)|"
+    r"^((?:# (?:HELP|TYPE) )?process_.*|(gpu_exporter_(last_(collect|hang)_(timestamp|duration)_seconds|collects_total)|"
     r"gpu_xid_last_timestamp_seconds(\{.*\})?|DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL\{.*\})) .*\n",
     re.MULTILINE,
 )

@@ -44,9 +44,9 @@ def test_a_stall_is_noticed() -> None:
 
 
 def test_promises_are_made_one_after_the_other() -> None:
-    promises = Promises(most=100)
+    promises = Promises()
 
-    waits = [promises.make(f"key{n}", rate=2.0, now=0.0) for n in range(10)]
+    waits = [promises.make(f"key{n}", n, rate=2.0, now=0.0) for n in range(10)]
 
     assert waits == sorted(waits)
     assert waits[0] == 1.0
@@ -55,29 +55,30 @@ def test_promises_are_made_one_after_the_other() -> None:
 
 
 def test_a_promise_is_kept_once_and_only_when_due() -> None:
-    promises = Promises(most=100)
-    wait = promises.make("a", rate=0.5, now=0.0)
+    promises = Promises()
+    wait = promises.make("a", 7, rate=0.5, now=0.0)
 
-    assert not promises.keep("a", wait - 1.0)
-    assert not promises.keep("b", wait)
-    assert promises.keep("a", wait)
-    assert not promises.keep("a", wait)
+    assert not promises.keep("a", 7, wait - 1.0)
+    assert not promises.keep("b", 7, wait)
+    assert not promises.keep("a", 8, wait), "another request of the same key"
+    assert promises.keep("a", 7, wait)
+    assert not promises.keep("a", 7, wait)
     assert promises.outstanding(wait) == 0
 
 
 def test_who_does_not_come_back_loses_it() -> None:
-    promises = Promises(most=100)
-    wait = promises.make("a", rate=1.0, now=0.0)
+    promises = Promises()
+    wait = promises.make("a", 7, rate=1.0, now=0.0)
 
     assert promises.outstanding(wait + GRACE_SECONDS) == 1
     assert promises.outstanding(wait + GRACE_SECONDS + 0.1) == 0
 
 
-def test_a_key_that_hammers_cannot_promise_the_future_away() -> None:
-    promises = Promises(most=5)
-    for _ in range(1000):
-        wait = promises.make("hammer", rate=10.0, now=0.0)
+def test_a_key_that_hammers_pushes_only_its_own_future_away() -> None:
+    promises = Promises()
+    waits = [promises.make("hammer", 7, rate=10.0, now=0.0) for _ in range(100_000)]
 
-    assert promises.outstanding(0.0) == 5
-    assert wait == 1.0
-    assert promises.make("other", rate=0.001, now=0.0) == LONGEST
+    assert waits[-1] == LONGEST
+    assert promises.outstanding(0.0) <= 10 * LONGEST * 2, "and its memory is bounded"
+    assert promises.make("other", 7, rate=10.0, now=0.0) == 1.0
+    assert promises.make("slow", 7, rate=0.001, now=0.0) == LONGEST

@@ -7,12 +7,15 @@ the engines busy whatever the absent do, newcomers are held back only while the 
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections import deque
 
 MEMORY_SECONDS = 10.0  # older observations fade with this time constant
 ENOUGH = 3.0  # observations before the measured rate is believed
-CAUTION = 1.1  # promised waits are this much longer than expected
+# Promised waits are longer than expected by a factor that learns: newcomers of light keys come first, whatever was
+# promised. It settles where one promise in twenty is broken.
+LEAST_CAUTION, MOST_CAUTION = 1.1, 4.0
+BROKEN, KEPT = 1.05, 0.9974
 SHORTEST, LONGEST = 1, 60  # seconds; official clients give up when told more
 GRACE_SECONDS = 3.0  # clients come back late: network, jitter, a timer of whole seconds
 EARLY_SECONDS = 0.25  # … or a little early
@@ -82,43 +85,92 @@ class DrainRate:
 
 
 class Promises:
-    """Places that were promised to keys for a time to come. At most `most` at once for one key."""
+    """Places that were promised for a time to come, to a key and a `mark` by which the same request is known again.
 
-    def __init__(self, most: int) -> None:
-        self._most = max(4, most)
-        self._due: dict[str, deque[float]] = {}
+    Promises are shared between keys like places: the n-th promise of a key stands behind n promises of every other key
+    that has as many. A key that asks again and again pushes only its own future away.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[str, _Line] = {}
         self._count = 0
+        self._caution = LEAST_CAUTION
 
     def outstanding(self, now: float) -> int:
         """Promises that are neither kept nor lost."""
-        for key in [key for key, due in self._due.items() if due[0] + GRACE_SECONDS < now]:
-            due = self._due[key]
-            while due and due[0] + GRACE_SECONDS < now:
-                due.popleft()
-                self._count -= 1
-            if not due:
-                del self._due[key]
+        for key, line in list(self._of.items()):
+            self._count -= line.forget(now - GRACE_SECONDS)
+            if not line.count:
+                del self._of[key]
         return self._count
 
-    def make(self, key: str, rate: float, now: float, at_least: float = 0.0) -> float:
+    def make(self, key: str, mark: int, rate: float, now: float, at_least: float = 0.0) -> float:
         """Promise the next place that is not promised yet, at `rate` places a second; seconds to wait, whole."""
-        wait = max((self.outstanding(now) + 1) / rate * CAUTION, at_least)
-        seconds = min(LONGEST, max(SHORTEST, math.ceil(wait)))
-        due = self._due.setdefault(key, deque())
-        if len(due) < self._most:
-            # In order even if the rate has grown: the first to be told is the first to be due.
-            due.append(max(now + seconds, due[-1] if due else 0.0))
+        total = self.outstanding(now)
+        line = self._of.get(key)
+        own = line.count if line is not None else 0
+        ahead = min(total, max(1, own) * len(self._of))
+        seconds = min(LONGEST, max(SHORTEST, math.ceil(max((ahead + 1) / rate * self._caution, at_least))))
+        if own < rate * LONGEST * 2:
+            if line is None:
+                line = self._of[key] = _Line()
+            line.add(mark, now + seconds)
             self._count += 1
         return float(seconds)
 
-    def keep(self, key: str, now: float) -> bool:
-        """Whether `key` comes back on a promise that is due; it is kept by this."""
+    def keep(self, key: str, mark: int, now: float) -> bool:
+        """Whether the request `mark` of `key` comes back on a promise that is due; it is kept by this."""
         self.outstanding(now)
-        due = self._due.get(key)
-        if due is None or due[0] - EARLY_SECONDS > now:
+        line = self._of.get(key)
+        if line is None or not line.take(mark, now + EARLY_SECONDS):
             return False
-        due.popleft()
         self._count -= 1
-        if not due:
-            del self._due[key]
+        if not line.count:
+            del self._of[key]
+        self._caution = max(LEAST_CAUTION, self._caution * KEPT)
         return True
+
+    def broke(self) -> None:
+        """A promise could not be kept, or a caller was sent away after it had been let in."""
+        self._caution = min(MOST_CAUTION, self._caution * BROKEN)
+
+
+class _Line:
+    """The promises of one key: when they are due, by mark and by time."""
+
+    __slots__ = ("_by_mark", "_heap", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._by_mark: dict[int, list[float]] = {}
+        self._heap: list[tuple[float, int]] = []
+
+    def add(self, mark: int, due: float) -> None:
+        self.count += 1
+        heapq.heappush(self._by_mark.setdefault(mark, []), due)
+        heapq.heappush(self._heap, (due, mark))
+
+    def take(self, mark: int, until: float) -> bool:
+        """Use the earliest promise of `mark` if it is due by `until`."""
+        dues = self._by_mark.get(mark)
+        if not dues or dues[0] > until:
+            return False
+        self._drop(mark, dues)
+        return True
+
+    def forget(self, before: float) -> int:
+        """Drop promises that were due before; how many."""
+        dropped = 0
+        while self._heap and self._heap[0][0] < before:
+            due, mark = heapq.heappop(self._heap)
+            dues = self._by_mark.get(mark)
+            if dues and dues[0] <= due:  # else it has been kept
+                self._drop(mark, dues)
+                dropped += 1
+        return dropped
+
+    def _drop(self, mark: int, dues: list[float]) -> None:
+        heapq.heappop(dues)
+        self.count -= 1
+        if not dues:
+            del self._by_mark[mark]

@@ -93,12 +93,14 @@ class Telemetry:
         self._writer = writer
         self._known_model = known_model
         self._children: dict[tuple[str, str], _Children] = {}
+        self._lag = 0.0
         self.on_end: Callable[[Call], None] | None = None  # who else wants to know of ended calls
         endpoint = settings.otel_exporter_otlp_endpoint
         self._tracer = traces.Tracer(endpoint, settings.trace_slow_seconds, version) if endpoint else None
 
     def begin(self, call: Call, headers: Headers) -> None:
         """Place the call in its trace."""
+        call.loop_lag = self._lag
         call.trace = traces.begin(headers.text(b"traceparent"), call.request_id, self._ratio)
 
     def model_label(self, call: Call) -> str:
@@ -188,7 +190,8 @@ class Telemetry:
         while True:
             due = loop.time() + period
             await asyncio.sleep(period)
-            self._metrics.loop_lag.set(max(0.0, loop.time() - due))
+            self._lag = max(0.0, loop.time() - due)
+            self._metrics.loop_lag.set(self._lag)
 
     def close(self) -> None:
         """Send what is left."""

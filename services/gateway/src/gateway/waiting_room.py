@@ -1,9 +1,12 @@
 """The bounded room in front of the engines: who waits, who goes next, who must leave. Pure; seconds are passed in.
 
-Three classes, each a `FairQueue`; a better class goes first. A call that has waited long enough is moved up one class
-(ageing), where it shares fairly with the others, so nothing starves. When the room is full, a newcomer pushes out the
-newest call of the key that holds the most places, if that key holds more than the newcomer's would or is of a worse
-class: one key cannot lock the others out by filling the room.
+Three classes, each a `FairQueue`; a better class goes first. A class ages by the tokens that are served past it: once
+they are `PATIENCE` times what its next call costs, that call goes first. So nothing starves, and a lower class never
+gets more than a small share while a better one is waiting. (Moving single old calls up would let a key that fills the
+room, and so has the oldest calls, overtake the keys that it should share with.)
+
+When the room is full, a newcomer may push out a call of a worse class, or of a key that holds far more than its share:
+one key cannot lock the others out by filling the room.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from collections.abc import Callable, Iterator
 from gateway.fair_queue import FairQueue, Pool, Ticket
 
 RANKS = 3
-AGEING_SHARE = 1 / 6  # of the longest wait: after a third of it even the lowest class is in the first
+MARGIN = 1.5
+PATIENCE = 15.0  # a class gets at least one token in sixteen while it waits
 
 
 class WaitingRoom:
@@ -28,11 +32,9 @@ class WaitingRoom:
         self.classes = tuple(FairQueue() for _ in range(RANKS))
         self.calls = 0
         self.tokens = 0.0
-        self._ageing_seconds = seconds * AGEING_SHARE
         self._numbers = itertools.count(1)
         self._arrivals: OrderedDict[int, Ticket] = OrderedDict()
-        # Calls that can still rise from rank r, in the order in which they will: (when, call).
-        self._rising: tuple[OrderedDict[int, tuple[float, Ticket]], ...] = tuple(OrderedDict() for _ in range(RANKS))
+        self._passed = [0.0] * RANKS  # tokens served to better classes while this one waited
 
     def add(self, ticket: Ticket, now: float) -> None:
         """`ticket` begins to wait."""
@@ -42,32 +44,42 @@ class WaitingRoom:
         self.calls += 1
         self.tokens += ticket.cost
         self.classes[ticket.rank].add(ticket)
-        self._plan_rise(ticket, now)
 
     def remove(self, ticket: Ticket) -> None:
         """`ticket` leaves without a place."""
         self.classes[ticket.rank].remove(ticket)
         self._gone(ticket)
 
-    def next(self, has_place: Callable[[Pool], bool], now: float) -> Ticket | None:
+    def next(self, has_place: Callable[[Pool], bool]) -> Ticket | None:
         """Take the call that goes next among those whose pool `has_place`; its cost is booked."""
-        if not self.calls:
-            return None
-        self._age(now)
-        for queue in self.classes:
+        chosen: Ticket | None = None
+        waiting: list[int] = []
+        for rank, queue in enumerate(self.classes):
             if not queue.calls:
+                self._passed[rank] = 0.0
                 continue
-            best: tuple[float, Ticket] | None = None
-            for pool in queue.pools():
-                if has_place(pool):
-                    found = queue.peek(pool)
-                    if found is not None and (best is None or (found[0], found[1].number) < (best[0], best[1].number)):
-                        best = found
-            if best is not None:
-                queue.take(best[1])
-                self._gone(best[1])
-                return best[1]
-        return None
+            found = self._first(queue, has_place)
+            if found is not None and (chosen is None or self._passed[rank] >= PATIENCE * found.cost):
+                chosen = found
+            waiting.append(rank)
+        if chosen is None:
+            return None
+        for rank in waiting:
+            if rank > chosen.rank:
+                self._passed[rank] += chosen.cost
+        self._passed[chosen.rank] = max(0.0, self._passed[chosen.rank] - PATIENCE * chosen.cost)
+        self.classes[chosen.rank].take(chosen)
+        self._gone(chosen)
+        return chosen
+
+    def _first(self, queue: FairQueue, has_place: Callable[[Pool], bool]) -> Ticket | None:
+        best: tuple[float, int, Ticket] | None = None
+        for pool in queue.pools():
+            if has_place(pool) and (found := queue.peek(pool)) is not None:
+                entry = (found[0], found[1].number, found[1])
+                if best is None or entry[:2] < best[:2]:
+                    best = entry
+        return best[2] if best is not None else None
 
     def charge(self, ticket: Ticket, now: float) -> None:
         """`ticket` takes a place without waiting."""
@@ -85,21 +97,37 @@ class WaitingRoom:
             return True
         return self.calls > 0 and self.tokens + cost > self.limit_tokens
 
-    def victim(self, ticket: Ticket) -> Ticket | None:
-        """Who must leave so that `ticket` can come in, or None."""
+    def victim(self, ticket: Ticket, calls: int) -> Ticket | None:
+        """Who must leave a room of `calls` places so that `ticket` can come in, or None.
+
+        Any call of a worse class; in the same class only one of a key that holds more than `MARGIN` times its
+        share of the room, for a key that keeps within its own. Without a margin equal keys would push each other out.
+        """
         for rank in range(RANKS - 1, ticket.rank - 1, -1):
-            account = self.classes[rank].longest()
-            if account is None:
+            queue = self.classes[rank]
+            account = queue.longest()
+            if account is None or account.key == ticket.key:
                 continue
             if rank == ticket.rank:
-                mine = self.classes[rank].accounts.get(ticket.key)
-                waiting = (mine.calls if mine is not None else 0) + 1
-                if account.calls / account.weight <= waiting / ticket.weight:
+                share = self.share_of_room(ticket, calls)
+                if account.calls / account.weight <= MARGIN * share or not self.within_share(ticket, share):
                     return None
-            elif account.key == ticket.key:
-                continue  # nobody pushes out its own calls
-            return self.classes[rank].newest(account)
+            return queue.newest(account)
         return None
+
+    def share_of_room(self, ticket: Ticket, calls: int, strangers: int = 0) -> float:
+        """Places for a unit of weight if the keys that wait in this class, and `strangers`, shared `calls` places."""
+        queue = self.classes[ticket.rank]
+        weights = sum(account.weight for account in queue.accounts.values() if account.calls) + strangers
+        mine = queue.accounts.get(ticket.key)
+        if mine is None or not mine.calls:
+            weights += ticket.weight
+        return max(1.0, calls / weights)
+
+    def within_share(self, ticket: Ticket, share: float) -> bool:
+        """Whether the key would hold no more than `share` with this call."""
+        mine = self.classes[ticket.rank].accounts.get(ticket.key)
+        return ((mine.calls if mine is not None else 0) + 1) / ticket.weight <= share
 
     def late(self, now: float) -> Iterator[Ticket]:
         """Take out every call that has waited as long as it may."""
@@ -131,28 +159,10 @@ class WaitingRoom:
 
     def _gone(self, ticket: Ticket) -> None:
         del self._arrivals[ticket.number]
-        self._rising[ticket.rank].pop(ticket.number, None)
         self.calls -= 1
         self.tokens -= ticket.cost
         if not self.calls:
             self.tokens = 0.0  # no drift by rounding
-
-    def _plan_rise(self, ticket: Ticket, now: float) -> None:
-        if ticket.rank > 0:
-            self._rising[ticket.rank][ticket.number] = (now + self._ageing_seconds, ticket)
-
-    def _age(self, now: float) -> None:
-        for rank in range(1, RANKS):
-            rising = self._rising[rank]
-            while rising:
-                number, (when, ticket) = next(iter(rising.items()))
-                if when > now:
-                    break
-                del rising[number]
-                self.classes[rank].remove(ticket)
-                ticket.rank -= 1
-                self.classes[ticket.rank].add(ticket)
-                self._plan_rise(ticket, now)
 
     def __repr__(self) -> str:
         return f"<WaitingRoom calls={self.calls} tokens={self.tokens:g} {' '.join(map(repr, self.classes))}>"

@@ -48,18 +48,22 @@ def serve(settings: Settings) -> int:
         status[0] = ACCESS_LOST
         stop.set()
 
-    sampler = _sampler(settings, access_lost if settings.exit_on_access_lost else None)
-    pages = Pages(lambda: sampler.snapshot, sampler.thread.is_alive, settings.metric_names, settings.hostname)
+    sampler = _sampler(settings, access_lost if settings.gpu_exit_on_access_lost else None)
+    pages = Pages(lambda: sampler.snapshot, sampler.thread.is_alive, settings.metric_names, settings.gpu_hostname)
     try:
-        server = Server(settings.host, settings.port, pages)
+        server = Server(settings.gpu_exporter_host, settings.gpu_exporter_port, pages)
     except OSError as error:
-        logger.error("cannot_listen", host=settings.host, port=settings.port, reason=error.strerror)
+        logger.error(
+            "cannot_listen", host=settings.gpu_exporter_host, port=settings.gpu_exporter_port, reason=error.strerror
+        )
         return BAD_CONFIGURATION
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     sampler.start()
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    logger.info("listening", host=settings.host, port=server.port, version=__version__, demo=settings.demo or None)
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
+    logger.info(
+        "listening", host=settings.gpu_exporter_host, port=server.port, version=__version__, demo=settings.demo or None
+    )
     stop.wait()
     logger.info("stopping", status=status[0])
     server.shutdown()
@@ -76,20 +80,20 @@ def _sampler(settings: Settings, on_access_lost: object) -> Sampler:
         logger.warning("demo", gpus=plan.count, model=plan.model.name)
     else:
         source = Keeper(
-            deadline=settings.deadline_seconds,
-            open_deadline=settings.open_seconds,
-            discover=settings.discover_seconds,
-            options={"processes": settings.processes, "pcie_throughput": settings.pcie_throughput},
+            deadline=settings.gpu_deadline_seconds,
+            open_deadline=settings.gpu_open_seconds,
+            discover=settings.gpu_discover_seconds,
+            options={"processes": settings.gpu_processes, "pcie_throughput": settings.gpu_pcie_throughput},
             on_xids=lambda events: sampler.note_xids(events),
         )
     sampler = Sampler(
         source,
-        interval=settings.sample_seconds,
-        retry=settings.retry_seconds,
-        allowance=settings.deadline_seconds + 5,
-        expected=settings.expected,
+        interval=settings.gpu_sample_seconds,
+        retry=settings.gpu_retry_seconds,
+        allowance=settings.gpu_deadline_seconds + 5,
+        expected=settings.gpu_expected,
         names=settings.metric_names,
-        hostname=settings.hostname,
+        hostname=settings.gpu_hostname,
         demo=plan is not None,
         on_access_lost=on_access_lost,  # type: ignore[arg-type]  # a callable or None
     )

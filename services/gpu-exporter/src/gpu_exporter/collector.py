@@ -34,6 +34,7 @@ class Health:
     success: bool = False
     finished_at: float = 0.0
     succeeded_at: float = 0.0
+    hung_at: float = 0.0
     duration: float = 0.0
     calls: int = 0
     visible: int = 0
@@ -71,6 +72,7 @@ def render_health(health: Health, names: str, hostname: str, now: float) -> str:
         ),
         _one("gpu_exporter_last_collect_success", "gauge", "1 when the last sample succeeded.", float(health.success)),
         _one("gpu_exporter_last_collect_timestamp_seconds", "gauge", "When a sample last succeeded; 0 is never.", health.succeeded_at),
+        _one("gpu_exporter_last_hang_timestamp_seconds", "gauge", "When a call into the driver last hung; 0 is never.", health.hung_at),
         _one("gpu_exporter_last_collect_duration_seconds", "gauge", "How long the last sample took.", health.duration),
         _one("gpu_exporter_last_collect_calls", "gauge", "Calls into the driver that the last good sample made.", health.calls),
         _one("gpu_exporter_collects_total", "counter", "Samples tried.", health.collects),

@@ -191,6 +191,7 @@ class Sampler:
             state=state,
             success=False,
             finished_at=time.time(),
+            hung_at=time.time() if state == "hung" else before.hung_at,
             duration=took,
             visible=0,
             failed_collects=before.failed_collects + 1,

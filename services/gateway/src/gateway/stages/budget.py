@@ -89,6 +89,11 @@ class Budget:
 
     # Reading
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for other calls' holds."""
+        return self._waiters
+
     def account(self, key_id: str) -> Account:
         """The account of a key."""
         account = self._keys.get(key_id)

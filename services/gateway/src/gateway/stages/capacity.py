@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 RANK = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 PRIORITIES = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
 FIRST_OUTPUT_GUESS = 256.0  # tokens of an answer that nothing bounds, until some have been seen
+RESERVE_PART, RESERVE_SECONDS = 4, 10.0  # a quarter of the room
+_MARKED_BYTES = 2048
 ROOM_SHARE = 0.8  # of the longest wait: who would wait longer is told at once
 
 Choose = Callable[[Sequence["Backend"], int | None, float], "Backend"]
@@ -47,8 +50,9 @@ class Capacity:
         self._seconds = settings.queue_seconds
         self.room = WaitingRoom(settings.queue_calls, settings.queue_tokens, settings.queue_seconds)
         self._rate = DrainRate(settings.engine_concurrency * len(registry.backends))
-        self._promises = Promises(settings.queue_calls)
+        self._promises = Promises()
         self._typical_output = FIRST_OUTPUT_GUESS
+        self._reserve_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         registry.on_change = self.pump
 
@@ -132,27 +136,47 @@ class Capacity:
         """Begin to wait, or raise: no engine, no room, or a wait that would be too long."""
         if not any(backend.available(now) for backend in ticket.pool):
             raise self._no_backend(ticket.pool)
-        room, key = self.room, ticket.key
+        room = self.room
         rate = self._rate.calls_per_second(now)
         bound = room.limit_calls
         if self._rate.measured:
             bound = max(1, min(bound, int(rate * self._seconds * ROOM_SHARE))) if bound else 0
-        promised = self._promises.keep(key, now)
+        promised = self._promises.keep(ticket.key, _mark(ticket.call), now)
+        bound = self._bound_for(ticket, bound, now)
         held = 0 if promised or room.calls * 2 < bound else self._promises.outstanding(now)
         if (full := room.full(ticket.cost, bound)) or room.calls + held >= bound:
-            victim = room.victim(ticket)
+            victim = room.victim(ticket, bound)
             if victim is None:
+                if promised:
+                    self._promises.broke()
                 raise self._refusal(ticket, rate, now)
             if full:  # else only promised places are left, and one is lent to a key that has few
                 if room.tokens - victim.cost + ticket.cost > room.limit_tokens:
                     raise self._refusal(ticket, rate, now)
                 room.remove(victim)
                 self._wake(victim, self._refusal(victim, rate, now))
+                self._promises.broke()
+                self._reserve_until = now + RESERVE_SECONDS
         room.add(ticket, now)
         self._rate.busy(now)
 
+    def _bound_for(self, ticket: Ticket, bound: int, now: float) -> int:
+        """The room as large as it is for this key.
+
+        Once a call had to be pushed out, a part of the room is kept for keys that hold little, for a while: pushing out
+        breaks what was promised, so it should not have to happen again.
+        """
+        if now >= self._reserve_until:
+            return bound
+        smaller = bound - bound // RESERVE_PART
+        if not self.room.within_share(ticket, self.room.share_of_room(ticket, bound, strangers=1)):
+            return smaller
+        if self.room.calls >= smaller:
+            self._reserve_until = now + RESERVE_SECONDS
+        return bound
+
     def _refusal(self, ticket: Ticket, rate: float, now: float) -> QueueFull:
-        wait = self._promises.make(ticket.key, rate, now)
+        wait = self._promises.make(ticket.key, _mark(ticket.call), rate, now)
         return QueueFull("The waiting room is full.", retry_after=wait, limit="queue_calls")
 
     def _no_backend(self, pool: Sequence[Backend]) -> NoBackend:
@@ -178,7 +202,7 @@ class Capacity:
                 free = found[pool] = [backend for backend in pool if backend.free(now)]
                 return bool(free)
 
-            ticket = room.next(has_place, now)
+            ticket = room.next(has_place)
             if ticket is None:
                 break
             self._rate.admitted(ticket.cost, now)
@@ -248,7 +272,7 @@ class Capacity:
         for ticket in self.room.late(now):
             if any(backend.available(now) for backend in ticket.pool):
                 beyond = self.room.share(ticket) / self._rate.tokens_per_second(now) - self._seconds * ROOM_SHARE
-                wait = self._promises.make(ticket.key, rate, now, at_least=beyond)
+                wait = self._promises.make(ticket.key, _mark(ticket.call), rate, now, at_least=beyond)
                 message = f"No place became free within {self._seconds:g} s."
                 self._wake(ticket, QueueTimeout(message, retry_after=wait, limit="queue_seconds"))
             else:
@@ -287,3 +311,11 @@ class Capacity:
 
     def __repr__(self) -> str:
         return f"<Capacity {self.room!r} {' '.join(map(repr, self._registry.backends))}>"
+
+
+def _mark(call: Call) -> int:
+    """By what the same request of the same client is known when it comes again."""
+    assert call.request is not None
+    raw = call.request.raw
+    ends = raw if len(raw) <= 2 * _MARKED_BYTES else raw[:_MARKED_BYTES] + raw[-_MARKED_BYTES:]
+    return zlib.crc32(ends, zlib.crc32(call.ip.encode()))

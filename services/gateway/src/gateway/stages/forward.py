@@ -23,6 +23,7 @@ from gateway.errors import (
     ModelNotFound,
     NoBackend,
     RequestTooLarge,
+    UnknownRoute,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -264,9 +265,10 @@ class Forward:
                 await self._large(call, client, exchange, silence, parts)
                 return
         exchange.release()
-        self._registry.report(call.backend, True)
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        answer.note_body(call.usage, body)
+        if not answer.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
+            raise UpstreamError("The engine's answer is not the JSON that it says it is.")
+        self._registry.report(call.backend, True)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
@@ -317,6 +319,8 @@ def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
     if status in (400, 404, 405, 413, 415, 422, 501):
         call.outcome = Outcome.REJECTED
         message, param = _message_in(body)
+        if status in (404, 405) and not message:
+            return UnknownRoute(f"This model does not offer {call.path}.")
         if status == 404:
             return ModelNotFound(message or "The engine does not know this model.", param=param)
         if status == 413:

@@ -118,10 +118,13 @@ class Database:
 
     def connect(self) -> None:
         """Open this thread's connection, unless it is open."""
-        if self.sqlite and self.path is not None and not self.path.parent.is_dir():
-            raise StoreUnavailable(f"the folder {self.path.parent} does not exist")
+        self._need_folder()
         with self.errors():
             self._database.connect(reuse_if_open=True)
+
+    def _need_folder(self) -> None:
+        if self.path is not None and not self.path.parent.is_dir():
+            raise StoreUnavailable(f"the folder {self.path.parent} does not exist")
 
     def close(self) -> None:
         """Close this thread's connection; a broken one is dropped."""
@@ -148,6 +151,7 @@ class Database:
         """Become the one gateway on this database. Raises `StoreLocked` if another one is."""
         if self.sqlite:
             assert self.path is not None
+            self._need_folder()
             if self._lock_file is None:
                 lock = self.path.with_name(self.path.name + ".lock")
                 with self.errors():

@@ -1,0 +1,1 @@
+"""Checks any OpenAI-compatible endpoint: streams, errors and endings. `make conformance URL=… [KEY=…] [MODEL=…]`."""
