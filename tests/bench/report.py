@@ -176,10 +176,11 @@ def growth(result: Round) -> str:
         return 330 - 280 * (math.log10(max(number, low)) - 1) / (math.log10(top) - 1)
 
     for power in (10, 100, 1000, 10_000):
-        parts.append(
-            f'<line x1="80" x2="560" y1="{y(power):.0f}" y2="{y(power):.0f}" stroke="#ddd"/>'
-            f'<text x="30" y="{y(power) + 4:.0f}">{power:,}</text>'
-        )
+        height = y(power)
+        parts += [
+            f'<line x1="80" x2="560" y1="{height:.0f}" y2="{height:.0f}" stroke="#ddd"/>',
+            f'<text x="30" y="{height + 4:.0f}">{power:,}</text>',
+        ]
     for count, at in zip(wanted, x, strict=True):
         parts.append(f'<text x="{at - 8:.0f}" y="352">{count}</text>')
     for index, (name, points) in enumerate(lines):

@@ -130,10 +130,10 @@ class Telemetry:
         children.outcomes[outcome].inc()
         exemplar = {"trace_id": call.trace.trace_id} if self._tracer is not None else None
         children.duration.observe(duration, exemplar)
-        if call.first_token_at is not None:
+        if call.first_token_at is not None and call.request is not None and call.request.stream:
             first = call.first_token_at - call.started
             children.first_token.observe(first, exemplar)
-            if call.request is not None and call.request.stream and call.usage.completion > 1:
+            if call.usage.completion > 1:
                 children.inter_token.observe((duration - first) / (call.usage.completion - 1))
         if call.usage.known:
             children.prompt.inc(call.usage.prompt)
@@ -160,6 +160,7 @@ class Telemetry:
             "outcome": str(call.outcome),
             "status": call.status,
             "code": call.error.code if call.error else None,
+            "detail": _detail(call),
             "stream": call.request.stream if call.request else False,
             "prompt_tokens": call.usage.prompt,
             "completion_tokens": call.usage.completion,
@@ -197,6 +198,14 @@ class Telemetry:
         """Send what is left."""
         if self._tracer is not None:
             self._tracer.close()
+
+
+def _detail(call: Call) -> str | None:
+    """Why a call failed, for an operator: our own words and the kind of the library's error, never its text."""
+    if call.outcome is not Outcome.FAILED or call.error is None:
+        return None
+    cause = call.error.__cause__
+    return f"{call.error.message} ({type(cause).__name__})" if cause is not None else call.error.message
 
 
 def _advance(counter: Any, total: float) -> None:

@@ -18,6 +18,7 @@ import msgspec
 from gateway import answer, wire
 from gateway.call import Outcome
 from gateway.errors import (
+    ClientGone,
     GatewayError,
     InvalidRequest,
     ModelNotFound,
@@ -127,6 +128,9 @@ class Forward:
 
     def _judge(self, silence: _Silence, now: float) -> None:
         if not silence.quiet:
+            # The engine waits for the client. A reader that never comes back must not keep its place for ever.
+            if now - silence.since > self._settings.idle_seconds:
+                silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
             self._registry.report(silence.call.backend, False)
@@ -155,7 +159,8 @@ class Forward:
             else:
                 await self._whole(call, client, exchange, silence)
         except UpstreamError:
-            self._registry.report(call.backend, False)
+            if exchange is not None:  # `_open` has told of its own failures
+                self._registry.report(call.backend, False)
             raise
         finally:
             self._silences.discard(silence)
