@@ -61,6 +61,7 @@ class Appliance:
             "HTTP_PORT": str(http),
             "PROMETHEUS_PORT": str(prometheus),
             "ALERTMANAGER_PORT": str(alertmanager),
+            "ENGINE_MEMORY": "6g",  # what the small model needs, twice; a test makes it run out
             "OTEL_EXPORTER_OTLP_ENDPOINT": "",  # no image stands in for Jaeger
             **self.settings,
         }

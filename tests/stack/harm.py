@@ -81,14 +81,10 @@ def _in_volume(appliance: Appliance, volume: str, script: str) -> None:
 
 def starve(appliance: Appliance, service: str) -> None:
     """Takes a container's memory until the kernel kills in it, and makes sure that it is not us who are chosen."""
-    hog = "import time\nb = []\nwhile True: b.append(bytearray(1 << 26)); [None for _ in range(1000)]"
-    running = subprocess.Popen([STANDIN, "exec", "docker", "exec", appliance.container(service), "python3", "-c", hog])
-    before = set(processes(appliance, service))
-    for pid in before:
-        score = Path(f"/proc/{pid}/oom_score_adj")
-        if score.exists():
-            score.write_text("1000")
-    running.wait(120)
+    for pid in processes(appliance, service):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+    hog = "b = []\nwhile True: b.append(bytearray(b'x') * (1 << 26))"
+    appliance.exec(service, "python3", "-c", hog, check=False, seconds=120)
 
 
 def engine_processes() -> list[int]:
