@@ -169,6 +169,7 @@ def test_a_secret_is_made_once_and_a_given_one_wins(tmp_path: Path) -> None:
         ({"LETSENCRYPT_EMAIL": "me@example.com"}, "APPLIANCE_HOSTS names no host"),
         ({"LETSENCRYPT_EMAIL": "me; } evil", "APPLIANCE_HOSTS": "a.test"}, "mail address"),
         ({"APPLIANCE_HOSTS": "a b"}, "APPLIANCE_HOSTS"),
+        ({"LETSENCRYPT_EMAIL": "me@example.com", "APPLIANCE_HOSTS": "*.a.test"}, "wildcards"),
     ],
 )
 def test_bad_edge_variables_are_named(environment: dict[str, str], words: str) -> None:
