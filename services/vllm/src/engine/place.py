@@ -69,6 +69,11 @@ def model_dir(settings: Settings, name: str) -> Path:
     return settings.model_cache_dir.expanduser().absolute() / name
 
 
+def belongs_to_cache(settings: Settings, folder: Path) -> bool:
+    """Whether `folder` is one that `engine fetch` would fill."""
+    return folder.is_relative_to(settings.model_cache_dir.expanduser().absolute())
+
+
 def is_present(folder: Path) -> bool:
     """Whether the model is there, whole: marked so by `engine fetch`, or put there by hand with its weights."""
     if (folder / embedded.COMPLETE).is_file():

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 import aiohttp
 from loguru import logger
 
-from engine import cause, command, evidence, progress
+from engine import cause, command, evidence, family, place, progress
 from engine.child import Child
 from engine.command import Place
 from engine.metrics import Metrics
@@ -96,18 +97,40 @@ class Supervisor:
             "tensor_parallel": self._place.tp,
         }
 
-    async def run(self, fetch: Callable[[], Awaitable[str | None]]) -> None:
-        """Everything, until `stop`. `fetch` brings the model here first and returns why it could not, or None."""
+    async def run(self) -> None:
+        """Everything, until `stop`."""
         self._move(State.STARTING)
         while not self._stop.is_set():
             self.life.enter(Phase.FETCH)
-            problem = await self._unless_stopped(fetch())
+            problem = await self._unless_stopped(self._fetch())
             if self._stop.is_set():
                 break
+            # A model that could not be fetched may be there in a minute; one that is not allowed will not be.
             end = End(Reason.START_FAILED, problem, False, True) if problem else await self._one_run()
             if end is None or not await self._wait_for_turn(end):
                 break
         self._move(State.STOPPING)
+
+    async def _fetch(self) -> str | None:
+        """Bring the model here if it is missing; why that failed, or None. A process, so that it can be ended."""
+        if place.is_present(self._place.model):
+            return None
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "engine", "fetch"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            said = "engine fetch printed nothing"
+            while process.stdout is not None and (raw := await process.stdout.readline()):
+                said = self._last_line = raw.decode("utf-8", "replace").strip().removeprefix("engine fetch: ")
+                logger.bind(text=said).info("model_fetch")
+            return said if await process.wait() != 0 else None
+        finally:
+            if process.returncode is None:
+                await asyncio.to_thread(family.kill, process.pid)
+                await process.wait()
 
     async def _one_run(self) -> End | None:
         """One vLLM from start to end; None when it was us who wanted the end."""
