@@ -13,6 +13,7 @@ another one the session takes its place (said in the log).
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -147,7 +148,8 @@ class Upstream:
         try:
             if self.lean:
                 return await self._open_lean(method, url, headers, body or b"")
-            response = await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
+            data = io.BytesIO(body) if body and len(body) > READ_BUFFER_BYTES else body  # aiohttp warns of large bytes
+            response = await self._session.request(method, url, headers=headers, data=data, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ConnectError("The engine cannot be reached.") from error
         except aiohttp.ServerDisconnectedError as error:
