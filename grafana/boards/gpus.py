@@ -397,6 +397,8 @@ BOARD = Board(
                     Query("gpu_exporter_stuck_probes", "stuck"),
                     Query("gpu_exporter_last_collect_calls", "driver calls a sample"),
                     Query("gpu_exporter_info", "{{version}} {{source}}"),
+                    Query("gpu_driver_info", "driver {{driver_version}}"),
+                    Query("time() - gpu_exporter_last_hang_timestamp_seconds", "seconds since a driver call hung"),
                 ),
             ),
         ),

@@ -247,8 +247,9 @@ def project_name() -> str:
 
 
 def find() -> Place:
-    """The appliance of this checkout: what MODE says, else Compose if it has volumes there, else the state folder."""
-    mode = os.environ.get("MODE", "")
+    """The appliance of this checkout: what MODE says, else what `make up` started last, else what has data here."""
+    noted = STATE / "deployed.json"  # what `make up` wrote last
+    mode = os.environ.get("MODE", "") or (json.loads(noted.read_text()).get("mode", "") if noted.exists() else "")
     if mode not in ("", "gpu", "cpu", "local"):
         raise PlaceError(f"MODE={mode} is none of gpu, cpu, local")
     if mode != "local" and shutil.which("docker"):

@@ -90,6 +90,13 @@ def test_it_changes_nothing(doctor: Doctor, state: Path) -> None:
     assert (picture(), tree()) == before
 
 
+def test_a_mistyped_variable_is_named_with_the_right_one(doctor: Doctor) -> None:
+    status, found = doctor(GATEWAY_PROT="8080")
+    assert status == 1
+    assert found["settings"][0]["verdict"] == "wrong"
+    assert "GATEWAY_PORT" in found["settings"][0]["what"]
+
+
 def test_a_secret_that_others_can_read_is_wrong_and_mended_by_the_command_it_gives(doctor: Doctor, state: Path) -> None:
     (state / "gateway-secrets" / "vllm_api_key").chmod(0o644)
     status, found = doctor()

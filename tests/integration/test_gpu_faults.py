@@ -213,7 +213,7 @@ def test_xids_are_counted_by_gpu_and_number(library: Path, tmp_path: Path) -> No
         assert page.value("gpu_xid_errors_total", uuid=scenario.uuid(1), gpu="1", xid="79") == 1
         assert page.value("gpu_xid_errors_total", uuid=scenario.uuid(0), gpu="0", xid="31") == 2
         assert (page.value("gpu_xid_last_timestamp_seconds", gpu="1", xid="79") or 0) > 1e9
-        assert page.value("DCGM_FI_DEV_XID_ERRORS", gpu="1") == 79
+        assert page.value("DCGM_FI_DEV_XID_ERRORS", gpu="1", modelName="NVIDIA H100 80GB HBM3") == 79
         assert page.value("DCGM_FI_DEV_XID_ERRORS", gpu="0") == 31
         assert exporter.event("xid", xid=79)["uuid"] == scenario.uuid(1)
 

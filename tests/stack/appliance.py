@@ -48,6 +48,7 @@ class Appliance:
     left_out: list[str] = field(default_factory=list)
     key: str = ""
     files: tuple[str, ...] = FILES
+    disk: str = ""
 
     def __post_init__(self) -> None:
         https, http, prometheus, alertmanager = free_ports(4)
@@ -60,6 +61,7 @@ class Appliance:
             "HTTP_PORT": str(http),
             "PROMETHEUS_PORT": str(prometheus),
             "ALERTMANAGER_PORT": str(alertmanager),
+            "ENGINE_MEMORY": "6g",  # what the small model needs, twice; a test makes it run out
             "OTEL_EXPORTER_OTLP_ENDPOINT": "",  # no image stands in for Jaeger
             **self.settings,
         }
@@ -129,6 +131,21 @@ class Appliance:
     def down(self) -> None:
         """Removes everything but the images."""
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "20", seconds=300)
+        if self.disk:
+            subprocess.run(["losetup", "--detach", self.disk], check=True)
+            self.disk = ""
+
+    def give_ledger_a_disk(self, image: Path, size: int = 64 << 20) -> None:
+        """Puts the ledger's volume on a small file system of its own (`image` is its file), so that it can be full."""
+        with image.open("wb") as file:
+            file.truncate(size)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
+        found = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
+        self.disk = found.stdout.strip()
+        labels = (f"com.docker.compose.project={self.project}", "com.docker.compose.volume=gateway-data")
+        words = [word for label in labels for word in ("--label", label)]
+        words += [word for option in ("type=ext4", f"device={self.disk}") for word in ("--opt", option)]
+        self.docker("volume", "create", *words, f"{self.project}_gateway-data")
 
     # From outside
 

@@ -47,13 +47,23 @@ def join(appliance: Appliance, service: str, network: str) -> None:
     appliance.docker("network", "connect", "--alias", service, name, appliance.container(service))
 
 
+FILL = """
+import os
+place = os.statvfs("/volume")
+assert place.f_blocks * place.f_frsize < 1e9, "this would fill the machine's own disk"
+with open("/volume/filler", "wb", buffering=0) as filler:
+    for size in (65536, 1):
+        try:
+            while True:
+                filler.write(bytes(size))
+        except OSError:
+            pass
+"""
+
+
 def fill(appliance: Appliance, volume: str) -> None:
-    """Writes until the volume's file system is full."""
-    _in_volume(
-        appliance,
-        volume,
-        "import os\nf = open('/volume/filler', 'wb')\ntry:\n    while True: f.write(bytes(65536)); f.flush()\nexcept OSError: pass\ntry:\n    while True: f.write(bytes(1)); f.flush()\nexcept OSError: pass",
-    )
+    """Writes until the volume's file system is full; refuses to do it to a disk that others use."""
+    _in_volume(appliance, volume, FILL)
 
 
 def free(appliance: Appliance, volume: str) -> None:
@@ -71,14 +81,10 @@ def _in_volume(appliance: Appliance, volume: str, script: str) -> None:
 
 def starve(appliance: Appliance, service: str) -> None:
     """Takes a container's memory until the kernel kills in it, and makes sure that it is not us who are chosen."""
-    hog = "import time\nb = []\nwhile True: b.append(bytearray(1 << 26)); [None for _ in range(1000)]"
-    running = subprocess.Popen([STANDIN, "exec", "docker", "exec", appliance.container(service), "python3", "-c", hog])
-    before = set(processes(appliance, service))
-    for pid in before:
-        score = Path(f"/proc/{pid}/oom_score_adj")
-        if score.exists():
-            score.write_text("1000")
-    running.wait(120)
+    for pid in processes(appliance, service):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+    hog = "b = []\nwhile True: b.append(bytearray(b'x') * (1 << 26))"
+    appliance.exec(service, "python3", "-c", hog, check=False, seconds=120)
 
 
 def engine_processes() -> list[int]:

@@ -6,7 +6,7 @@ import socket
 import ssl
 
 import pytest
-from tests.stack.appliance import Appliance
+from tests.stack.appliance import REPOSITORY, Appliance
 from tests.stack.edge import Edge
 
 pytestmark = pytest.mark.timeout(1800)
@@ -216,10 +216,31 @@ def test_answers_tell_nothing_about_what_is_behind(appliance: Appliance) -> None
             assert set(answer.json()["error"]) == {"message", "type", "code", "param"}  # type: ignore[call-overload]
 
 
-def test_the_images_hold_no_build_tools_or_sources_of_secrets(appliance: Appliance) -> None:
-    """The list of what is inside; the whole list is kept by `make sbom` and audited there."""
+def test_the_images_hold_no_build_tools_and_no_files_of_the_checkout(appliance: Appliance) -> None:
     for name in ("gateway", "gpu-exporter"):
-        found = appliance.exec(
-            name, "sh", "-c", "command -v gcc cc make git ssh curl; ls -a / /app | grep -E '^\\.(env|git|ssh)$'; true"
-        )
+        tools = "for tool in gcc cc make git ssh curl; do command -v $tool; done"
+        files = "ls -a / /app | grep -E '^\\.(env|git|ssh)$'"
+        found = appliance.exec(name, "sh", "-c", f"{tools}; {files}; true")
         assert found.strip() == "", f"{name} holds {found}"
+
+
+INSTALLED = """
+from importlib.metadata import distributions
+for one in distributions():
+    if str(one.locate_file("")).startswith("/usr/local"):
+        print(one.name.lower().replace("_", "-"), one.version)
+"""
+
+
+def test_the_images_hold_what_is_locked_and_nothing_else(appliance: Appliance) -> None:
+    """The bill of materials of an image is its lock file: same names, same versions, no extras."""
+    for name in ("gateway", "gpu-exporter"):
+        lock = (REPOSITORY / "requirements" / f"{name}.txt").read_text()
+        locked = dict(re.findall(r"^([a-z0-9.-]+)==([^ ;\\]+)", lock, re.MULTILINE))
+        installed = dict(line.split() for line in appliance.exec(name, "python3", "-c", INSTALLED).splitlines())
+        assert installed, name
+        for package, version in installed.items():
+            if package not in ("pip", "setuptools", "wheel"):  # the base image's own
+                assert locked.get(package) == version, (
+                    f"{name} holds {package} {version}; locked: {locked.get(package)}"
+                )
