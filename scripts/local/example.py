@@ -18,7 +18,7 @@ COMPOSE = ROOT / "compose.yaml"
 SERVICES = {"gateway": "gateway.settings", "vllm": "engine.settings", "gpu-exporter": "gpu_exporter.settings"}
 PASSED_ON = "      # Passed on when set; the defaults are the service's own."
 # One process beside its database; the images know their own Python and device; only the download has the hub's token.
-FIXED = {"GATEWAY_WORKERS", "SPOOL_DIR", "ENGINE_DEVICE", "VLLM_PYTHON", "ENGINE_VENV", "HF_TOKEN", "GPU_HOSTNAME"}
+FIXED = {"GATEWAY_WORKERS", "SPOOL_DIR", "ENGINE_DEVICE", "VLLM_PYTHON", "ENGINE_VENV", "HF_TOKEN"}
 SECTIONS = {
     "##@ The gateway: limits (0 = none), queue, deadlines, telling": "gateway.settings",
     "##@ The engine": "engine.settings",

@@ -10,7 +10,6 @@ import json
 import time
 from typing import Any
 
-FINGERPRINT = "vllm-0.32.0-d0ub1e00"
 Event = bytes
 
 
@@ -42,6 +41,8 @@ def usage(prompt: int, completion: int) -> dict[str, Any]:
 class Answer:
     """One generating answer. `counts` are the generated tokens of each choice, as reported to the caller."""
 
+    fingerprint: str | None = None  # as with --fingerprint-mode none
+
     def __init__(
         self, identity: str, model: str, body: dict[str, Any], prompt: int, choices: int, lie: str | None
     ) -> None:
@@ -62,6 +63,10 @@ class Answer:
     def used(self, completion: int) -> dict[str, Any]:
         """Usage as told, which a lying engine exaggerates."""
         return usage(self.prompt, completion + (1_000_000 if self.lie == "wrong" else 0))
+
+    def stamp(self) -> dict[str, Any]:
+        """The fingerprint on a last chunk, if there is one."""
+        return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
 
     def before_prefill(self) -> list[Event]:
         """Events sent at once."""
@@ -164,13 +169,13 @@ class Chat(Answer):
         if finish is not None:
             part["stop_reason"] = None
         part["token_ids"] = None
-        print_here = {} if finish is None or self.final_usage else {"system_fingerprint": FINGERPRINT}
+        print_here = {} if finish is None or self.final_usage else self.stamp()
         return [self.chunk([part], self.running(self.counts[choice]), **print_here)]
 
     def end(self) -> list[Event]:
         if not self.final_usage:
             return []
-        return [self.chunk([], self.used(sum(self.counts)), system_fingerprint=FINGERPRINT)]
+        return [self.chunk([], self.used(sum(self.counts)), **self.stamp())]
 
     def body(self) -> dict[str, Any]:
         choices = []
@@ -196,7 +201,7 @@ class Chat(Answer):
                 }
             )
         body: dict[str, Any] = {"id": self.identity, "object": "chat.completion", "created": self.created}
-        body.update(model=self.model, choices=choices, service_tier=None, system_fingerprint=FINGERPRINT)
+        body.update(model=self.model, choices=choices, service_tier=None, system_fingerprint=self.fingerprint)
         if self.lie != "none":
             details = {"prompt_tokens_details": None, "completion_tokens_details": None}
             body["usage"] = {**self.used(sum(self.counts)), **details}
@@ -219,13 +224,13 @@ class Completion(Answer):
         part = {"index": choice, "text": text, "logprobs": None, "finish_reason": finish, "stop_reason": None}
         part.update(prompt_token_ids=None, token_ids=None)
         used = self.used(self.counts[choice]) if self.running_usage else None
-        print_here = {} if finish is None or self.final_usage else {"system_fingerprint": FINGERPRINT}
+        print_here = {} if finish is None or self.final_usage else self.stamp()
         return [self.chunk([part], used, **print_here)]
 
     def end(self) -> list[Event]:
         if not self.final_usage:
             return []
-        return [self.chunk([], self.used(sum(self.counts)), system_fingerprint=FINGERPRINT)]
+        return [self.chunk([], self.used(sum(self.counts)), **self.stamp())]
 
     def body(self) -> dict[str, Any]:
         choices = [
@@ -243,7 +248,7 @@ class Completion(Answer):
             for i in range(self.choices)
         ]
         body: dict[str, Any] = {"id": self.identity, "object": "text_completion", "created": self.created}
-        body.update(model=self.model, choices=choices, service_tier=None, system_fingerprint=FINGERPRINT)
+        body.update(model=self.model, choices=choices, service_tier=None, system_fingerprint=self.fingerprint)
         if self.lie != "none":
             details = {"prompt_tokens_details": None, "completion_tokens_details": None}
             body["usage"] = {**self.used(sum(self.counts)), **details}

@@ -160,6 +160,7 @@ class Double:
             answer = dialect(
                 identity, body.get("model") or self.engine.model, body, prompt, choices, directive.get("usage")
             )
+            answer.fingerprint = self.options.fingerprint
             record.stream = bool(body.get("stream"))
             wanted = directive.count("tokens") or self.options.tokens
             most = min(limit or room, room)
@@ -354,6 +355,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="double")
     parser.add_argument("--alias", action="append", default=[], help="further served names")
     parser.add_argument("--api-key")
+    parser.add_argument("--fingerprint", help="system_fingerprint; none by default, as with --fingerprint-mode none")
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of an answer, unless told")

@@ -32,7 +32,7 @@ def variables() -> list[str]:
 
 
 def health() -> list[str]:
-    page = render_health(FULL, "native", "", 0.0)
+    page = render_health(FULL, "native", 0.0)
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE))
     return [
         f"| `{name}` | {kinds[name]} | {text} |"

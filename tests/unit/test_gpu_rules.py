@@ -20,7 +20,7 @@ RULES = [
 # What /metrics can hold: the tables and the exporter's health with something in every family.
 FULL = Health(gpus={"GPU-1": (0, "lost")}, xids={("GPU-1", 0, "79"): (1, 2.0)}, failures={("nvmlInit", "unknown"): 1})
 NAMES = {row.name for row in (*FAMILIES, *MIG_FAMILIES)} | set(
-    re.findall(r"^# TYPE (\S+)", render_health(FULL, "native", "", 0.0), re.MULTILINE)
+    re.findall(r"^# TYPE (\S+)", render_health(FULL, "native", 0.0), re.MULTILINE)
 )
 
 

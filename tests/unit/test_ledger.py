@@ -59,7 +59,7 @@ async def test_a_record_has_everything(tmp_path):
              "0af7651916cd43dd8448eb211c80319c", "vllm", call.hold.day)
         ]  # fmt: skip
         assert made.rows("SELECT COUNT(*) FROM holds") == [(0,)]
-        assert made.ledger.prompt_tokens + made.ledger.completion_tokens == 33
+        assert made.ledger.computed_tokens == 33
         made.close(call)
 
 

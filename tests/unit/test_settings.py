@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.settings import SECRETS, ConfigurationError, Settings, load
+from gateway.settings import SECRETS, ConfigurationError, Settings, load, split_keys
 
 
 def problems(**environ: str) -> list[str]:
@@ -43,7 +43,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one():
     ("QUOTA_TIMEZONE", "../../etc/passwd"), ("LOG_LEVEL", "LOUD"), ("BACKENDS", "[]"), ("BACKENDS", "{"),
     ("BACKENDS", '[{"name":"a","url":"http://x"},{"name":"a","url":"http://y"}]'),
     ("BACKENDS", '[{"name":"a","url":"http://x","typo":1}]'), ("BACKENDS", '[{"name":"a","url":"unix:/x"}]'),
-    ("GATEWAY_ADMIN_KEY", "changeme"), ("GATEWAY_API_KEYS", "good-enough-secret,short"), ("KEEP_ALIVE_SECONDS", "500"),
+    ("GATEWAY_ADMIN_KEY", "changeme"), ("GATEWAY_API_KEYS", "good-enough-secret,password"), ("KEEP_ALIVE_SECONDS", "500"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_refused_before_anything_starts(name: str, value: str):
     found = problems(**{name: value})
@@ -67,6 +67,14 @@ def test_a_secret_comes_by_file_and_is_not_shown(name: str, tmp_path: Path):
     assert getattr(settings, name) is not None
     assert "hunter2" not in repr(settings.hidden()) + repr(settings) or name in ("database_url", "backends")
     assert "hunter2" not in repr(settings.hidden())
+
+
+@pytest.mark.parametrize(("value", "keys"), [
+    ("a", [(None, "a")]), ("a,b", [(None, "a"), (None, "b")]), ("team=s", [("team", "s")]), (" , x ,", [(None, "x")]),
+    ("YWJj==", [(None, "YWJj==")]), ("team=YWJj==", [("team", "YWJj==")]), ("=x", [(None, "=x")]),
+])  # fmt: skip
+def test_keys_from_the_environment_may_have_names(value: str, keys: list[tuple[str | None, str]]):
+    assert split_keys(value) == keys
 
 
 def test_a_secret_given_twice_or_unreadable_is_refused(tmp_path: Path):

@@ -318,3 +318,16 @@ async def test_energy_adds_up(tmp_path):
 
 def test_the_store_needs_no_loop_to_be_made(tmp_path):
     assert not Store(settings_for(tmp_path), lambda changes: None).healthy
+
+
+def test_two_holds_of_one_id_in_one_group_are_both_refused(database):
+    rows = [
+        (name, "k", None, "m", "e", 1, "2026-01-01", 0, 0.0, 9e9, None, 0, 0, 0) for name in ("twin", "one", "twin")
+    ]
+    group = batch.Group(holds=rows)
+    batch.write(database, group)
+    assert group.known == {"twin"}
+    assert database.rows("SELECT request_id FROM holds") == [("one",)]
+    again = batch.Group(holds=[rows[1]])
+    batch.write(database, again)
+    assert again.known == {"one"}

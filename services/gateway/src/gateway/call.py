@@ -199,6 +199,12 @@ class Call:
         whole = f"total;dur={(now - self.started) * 1000:.2f}"
         return f"loop;dur={self.loop_lag * 1000:.2f}, {', '.join(parts)}, {whole}".encode()
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens as the engine counts them: the prompt once for each choice."""
+        choices = self.request.choices if self.request is not None else 1
+        return self.usage.prompt * choices + self.usage.completion
+
     def abort(self, cause: GatewayError) -> None:
         """End the call from outside (client left, key revoked, gateway stops). The first cause wins."""
         if self.cause is None and self.task is not None and not self.task.done():
