@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 import time
+import traceback
 
 import pytest
 from tests.doubles.records import record
@@ -331,3 +332,15 @@ def test_two_holds_of_one_id_in_one_group_are_both_refused(database):
     again = batch.Group(holds=[rows[1]])
     batch.write(database, again)
     assert again.known == {"one"}
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://ann:p%40ss-word-1@127.0.0.1:1/x", "postgresql://ann:p%40ss-word-1@[::1/x",
+            "postgresql://ann:p%40ss-word-1@127.0.0.1:port/x"]
+)  # fmt: skip
+def test_a_database_password_is_in_no_error(url):
+    with pytest.raises(StoreUnavailable) as failure:
+        Database(url).connect()
+    told = "".join(traceback.format_exception(failure.value))
+    assert "p%40ss-word-1" not in told
+    assert "p@ss-word-1" not in told
