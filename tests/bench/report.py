@@ -217,6 +217,7 @@ def write(result: Round, docs: Path) -> None:
         "OTHERS": f"{median(others):.2f} (up to {max(others):.2f})",
         "LEFT_OUT": "; ".join(f"{name}: {why}" for name, why in result["left_out"].items()) or "nothing",
         "QUIET": f"{QUIET:g}",
+        "IDLE": f"{IDLE_STREAMS:,}",
     }.items():
         text = text.replace("{{" + mark + "}}", value)
     (docs / "benchmarks.md").write_text(text)

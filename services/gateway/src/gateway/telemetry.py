@@ -128,7 +128,7 @@ class Telemetry:
             children = self._children[key] = _Children(self._metrics, *key)
         outcome = call.outcome or Outcome.FAILED
         children.outcomes[outcome].inc()
-        exemplar = {"trace_id": call.trace.trace_id} if self._tracer is not None else None
+        exemplar = call.trace.trace_id if self._tracer is not None else None
         children.duration.observe(duration, exemplar)
         if call.first_token_at is not None and call.request is not None and call.request.stream:
             first = call.first_token_at - call.started
@@ -212,6 +212,12 @@ def _advance(counter: Any, total: float) -> None:
     counter.inc(max(0.0, total - counter._value.get()))  # prometheus_client offers no absolute value for counters
 
 
+_second: tuple[int, str] = (0, "")
+
+
 def _timestamp(seconds: float) -> str:
-    whole = time.gmtime(seconds)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", whole) + f".{int(seconds % 1 * 1e6):06d}+00:00"
+    global _second
+    whole = int(seconds)
+    if _second[0] != whole:  # a busy second has thousands of lines
+        _second = (whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)))
+    return f"{_second[1]}.{int(seconds % 1 * 1e6):06d}+00:00"

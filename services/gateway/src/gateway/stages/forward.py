@@ -254,7 +254,7 @@ class Forward:
         await self._finish(call)
         await client.end(stream.tail)
         silence.quiet = True
-        if not await exchange.read():
+        if exchange.whole or not await exchange.read():
             exchange.release()
 
     async def _whole(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
@@ -265,6 +265,8 @@ class Forward:
         while data := await exchange.read():
             silence.since = time.perf_counter()
             parts.append(data)
+            if exchange.whole:
+                break
             size += len(data)
             if size > ANSWER_BUFFER_BYTES:
                 await self._large(call, client, exchange, silence, parts)
