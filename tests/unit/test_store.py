@@ -344,3 +344,30 @@ def test_a_database_password_is_in_no_error(url):
     told = "".join(traceback.format_exception(failure.value))
     assert "p%40ss-word-1" not in told
     assert "p@ss-word-1" not in told
+
+
+async def test_a_change_does_not_wait_behind_the_calls(tmp_path):
+    """Under as many commits as the disk takes, an operator's change holds at once."""
+    async with stages(tmp_path) as made:
+        over = False
+
+        async def client() -> None:
+            while not over:
+                call = made.call()
+                await made.budget.hold(call)
+                await made.end(call)
+
+        clients = [asyncio.create_task(client()) for _ in range(64)]
+        seconds = []
+        for number in range(10):
+            began = time.monotonic()
+            values = {"name": f"n{number}"}
+            _, secret = await made.store.change(lambda db, values=values: accounts.create(db, values, "test"))
+            assert made.call(secret=secret).caller.name == f"n{number}"
+            seconds.append(time.monotonic() - began)
+        with pytest.raises(KeyNotFound):
+            await made.store.change(lambda db: accounts.delete(db, "key_x", "test"))
+        over = True
+        await asyncio.gather(*clients)
+        assert made.ledger.healthy
+        assert sorted(seconds)[5] < 1.0, seconds
