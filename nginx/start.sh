@@ -1,8 +1,8 @@
 #!/bin/sh
 # Starts nginx in its container: takes the rendering for this nginx, reloads it when a certificate or an address changed.
 set -eu
-config=/etc/edge/config
-certificates=/etc/edge/certificates
+config=${EDGE_CONFIG:-/etc/edge/config}
+certificates=${EDGE_CERTIFICATES:-/etc/edge/certificates}
 version=$(nginx -v 2>&1 | sed 's|.*nginx/||; s|[^0-9.].*||')
 older_or_same() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
 
@@ -28,7 +28,7 @@ watch() {
         [ "$now" = "$last" ] && continue
         # A half-written pair fails the test and is tried again at the next turn.
         if nginx -t -q -c "$chosen"; then
-            kill -HUP "$(cat /tmp/nginx.pid)" && last=$now
+            kill -HUP "$(cat "$(sed -n 's/^pid \(.*\);/\1/p' "$chosen")")" && last=$now
         fi
     done
 }

@@ -46,11 +46,10 @@ BOARD = Board(
                     width=6,
                     height=7,
                 ),
-                lines(
+                quantiles(
                     "Canary",
                     "How long a request for one token takes. It sees a hang that no gauge of vLLM's shows.",
-                    Query("engine_canary_seconds", "canary"),
-                    unit="s",
+                    "engine_canary_seconds",
                     steps=((None, GREEN), (10, RED)),
                 ),
                 lines(
@@ -58,7 +57,25 @@ BOARD = Board(
                     "Sequences in vLLM's batch, and those that wait inside it (they should wait in the gateway).",
                     Query(f"sum(vllm:num_requests_running{{{MODEL}}})", "running"),
                     Query(f"sum(vllm:num_requests_waiting{{{MODEL}}})", "waiting in vLLM"),
+                    Query("engine_calls", "inside vLLM, as the supervisor counts"),
                     Query("sum(gateway_in_flight_calls)", "in flight at the gateway"),
+                ),
+                lines(
+                    "Suspicion",
+                    "For how long nothing has moved while calls run, and from when on that is called a hang.",
+                    Query("engine_suspicion_seconds", "nothing has moved for"),
+                    Query("engine_hang_bound_seconds", "a hang from"),
+                    unit="s",
+                ),
+                lines(
+                    "Canaries lost",
+                    "One-token requests that were refused, broken or too late, a second.",
+                    Query(f"sum(rate(engine_canaries_lost_total{RATE}))", "lost"),
+                ),
+                lines(
+                    "Prefill speed",
+                    "Tokens a second that the warm-up measured: what the watchdog's patience is made of.",
+                    Query("engine_prefill_tokens_per_second", "at warm-up"),
                 ),
                 lines(
                     "Waiting in vLLM by reason",
@@ -188,12 +205,10 @@ BOARD = Board(
                     width=12,
                 ),
                 lines(
-                    "Answers that are not numbers",
-                    "Calls whose logits had NaN: a GPU or kernel that computes wrongly.",
-                    Query(f"sum by (model_name) (vllm:corrupted_requests_total{{{MODEL}}})", "{{model_name}}"),
+                    "CPU",
+                    "Cores that they use.",
+                    Query('rate(process_cpu_seconds_total{job=~"vllm|engine"}[$__rate_interval])', "{{job}}"),
                     width=12,
-                    steps=((None, GREEN), (1, RED)),
-                    decimals=0,
                 ),
             ),
         ),

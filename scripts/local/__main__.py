@@ -1,4 +1,4 @@
-"""`make`'s daily verbs: up, down, status, logs, stop, service NAME, monitoring up|down, preflight."""
+"""`make`'s daily verbs: up, down, status, logs, stop, service NAME, monitoring up|down, keys …, preflight."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def up_local(local: LocalSettings) -> int:
         start.cleaned(local.places)
         raise
     _remember(local.places, Choice("local", ""))
-    more = {"Health": f"http://127.0.0.1:{local.ports.edge_status}/health", "Logs": str(local.places.logs)}
+    more = {"Logs": str(local.places.logs)}
     if any(service.name == "prometheus" for service in kept.services):
         more["Metrics"] = f"http://127.0.0.1:{local.ports.prometheus}"
     say(f"ready after {seconds:.0f} s")
@@ -222,6 +222,18 @@ def monitoring(environment: dict[str, str], verb: str) -> int:
     return 0
 
 
+def keys(environment: dict[str, str], *words: str) -> int:
+    """`gateway keys …` where the appliance's database is."""
+    deployed = _deployed(places(environment))
+    if deployed["files"]:
+        stack = Stack(tuple(deployed["files"]), environment)
+        return stack.show("exec", "gateway", "gateway", "keys", *words)
+    local = settings.read(environment)
+    local.places.gateway_data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    argv = [str(plan.BIN / "gateway"), "keys", *words]
+    return subprocess.run(argv, env=plan.gateway_environment(local, secrets=False), check=False).returncode
+
+
 def check(environment: dict[str, str]) -> int:
     """Only the preflight: what would stand in the way of `make up`."""
     choice, docker = chosen(environment)
@@ -281,7 +293,7 @@ def _deployed(where: Places) -> dict[str, list[str]]:
 
 VERBS: dict[str, Callable[..., int]] = {
     "up": up, "down": down, "stop": stop, "status": status, "logs": logs, "service": service,
-    "monitoring": monitoring, "preflight": check,
+    "monitoring": monitoring, "keys": keys, "preflight": check,
 }  # fmt: skip
 
 

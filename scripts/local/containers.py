@@ -76,7 +76,7 @@ class Stack:
             raise ComposeError("an image could not be built (its reason stands above)")
         # The one-shots first, so that a bad certificate or an unknown model ends it before a service runs.
         for one_shot in ONE_SHOTS:
-            if self.show("up", "--no-log-prefix", "--exit-code-from", one_shot, one_shot) != 0:
+            if self.show("run", "--rm", one_shot) != 0:
                 raise ComposeError(f"`{one_shot}` failed (its reason stands above)")
         if self.show("up", "--detach") != 0:
             raise ComposeError("the services could not be started (the reason stands above)")
@@ -97,13 +97,16 @@ class Stack:
             dead = [name for name in waiting if containers[name]["State"] in {"exited", "dead"}]
             if dead:
                 raise ComposeError(f"{dead[0]} ended:\n{self.ask('logs', '--tail', '15', dead[0]).stdout}")
-            now = f"waiting for {', '.join(sorted(waiting))}; engine: {self._engine_status()}"
+            engine = self._engine_status()
+            if engine.startswith("failed"):
+                raise ComposeError(f"the engine {engine}\n{self.ask('logs', '--tail', '15', 'vllm').stdout}")
+            now = f"waiting for {', '.join(sorted(waiting))}; engine: {engine}"
             if now != shown or time.monotonic() - told_at > 30:
                 say(f"{elapsed:4.0f} s  {now}")
                 shown, told_at = now, time.monotonic()
             if elapsed > seconds:
                 raise ComposeError(f"not healthy after {elapsed:.0f} s (UP_SECONDS): {', '.join(sorted(waiting))}")
-            time.sleep(2)
+            time.sleep(1)
 
     def _engine_status(self) -> str:
         probe = "import urllib.request as u;print(u.urlopen('http://127.0.0.1:8001/status',timeout=3).read().decode())"

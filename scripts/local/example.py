@@ -1,4 +1,7 @@
-"""`.env.example`: the services' part is written from their settings (`python -m scripts.local.example`)."""
+"""`.env.example` and the variables that compose.yaml passes on, written from the services' settings.
+
+`python -m scripts.local.example` writes them; `--check` only compares.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,11 @@ from pydantic_core import PydanticUndefined
 from .places import ROOT
 
 EXAMPLE = ROOT / ".env.example"
+COMPOSE = ROOT / "compose.yaml"
+SERVICES = {"gateway": "gateway.settings", "vllm": "engine.settings", "gpu-exporter": "gpu_exporter.settings"}
+PASSED_ON = "      # Passed on when set; the defaults are the service's own."
+# One process beside its database; the images know their own Python and device; only the download has the hub's token.
+FIXED = {"GATEWAY_WORKERS", "SPOOL_DIR", "ENGINE_DEVICE", "VLLM_PYTHON", "ENGINE_VENV", "HF_TOKEN"}
 SECTIONS = {
     "##@ The gateway: limits (0 = none), queue, deadlines, telling": "gateway.settings",
     "##@ The engine": "engine.settings",
@@ -56,8 +64,35 @@ def written(text: str) -> str:
     return text
 
 
+def passed_on(text: str) -> str:
+    """compose.yaml's `text` with every setting of each service passed on to its container where it is set."""
+    for service, module in SERVICES.items():
+        names = fields(module)
+        if not names:
+            continue
+        start = text.index(f"\n  {service}:\n")
+        mark = text.index(PASSED_ON, start) + len(PASSED_ON)
+        end = mark
+        while found := re.compile(r"\n      [A-Z0-9_]+:(?=\n)").match(text, end):
+            end = found.end()
+        fixed = set(re.findall(r"^      ([A-Z0-9_]+): ", text[start:mark], re.MULTILINE))
+        fixed |= {name.removesuffix("_FILE") for name in fixed} | FIXED
+        text = text[:mark] + "".join(f"\n      {name}:" for name in names if name not in fixed) + text[end:]
+    return text
+
+
+def main() -> int:
+    """0 when the files are as they should be (or have been written so)."""
+    fresh = {EXAMPLE: written(EXAMPLE.read_text()), COMPOSE: passed_on(COMPOSE.read_text())}
+    stale = [path for path, text in fresh.items() if path.read_text() != text]
+    if "--check" not in sys.argv:
+        for path in stale:
+            path.write_text(fresh[path])
+        return 0
+    for path in stale:
+        print(f"example: {path.name} is stale: run python -m scripts.local.example", file=sys.stderr)
+    return 1 if stale else 0
+
+
 if __name__ == "__main__":
-    fresh = written(EXAMPLE.read_text())
-    if "--check" in sys.argv:
-        sys.exit(0 if fresh == EXAMPLE.read_text() else "example: run python -m scripts.local.example")
-    EXAMPLE.write_text(fresh)
+    sys.exit(main())

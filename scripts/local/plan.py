@@ -62,8 +62,10 @@ def engine_environment(settings: LocalSettings) -> dict[str, str]:
         "VLLM_API_KEY_FILE": str(places.engine_secrets / "vllm_api_key"),
         "ENGINE_STATE_DIR": str(places.engine_cache),
     }
-    kvcache = settings.environment.get("VLLM_CPU_KVCACHE_SPACE", "").strip() or "1"
-    return {**_without_secrets(settings), **ours, "VLLM_CPU_KVCACHE_SPACE": kvcache}
+    # On a CPU compiling takes longer than a small model's whole day of answers would give back.
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "ENGINE_EAGER": "true"}
+    chosen = {name: settings.environment.get(name, "").strip() or value for name, value in defaults.items()}
+    return {**_without_secrets(settings), **ours, **chosen}
 
 
 def models(settings: LocalSettings) -> Path:
@@ -96,6 +98,7 @@ def edge_fields(settings: LocalSettings, run: str) -> dict[str, object]:
         "requests_per_second": edge.requests_per_second,
         "connections": edge.connections,
         "shutdown_seconds": 30,
+        "workers": min(4, os.cpu_count() or 1),
         "hsts": edge.hsts,
     }
 

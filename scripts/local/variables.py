@@ -12,7 +12,7 @@ from .places import ROOT
 _LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 # What `.env` may hold beside what `.env.example` names: read by programs below us.
 _OTHERS = re.compile(
-    r"(COMPOSE|DOCKER|PIP|UV|HF|HTTP|HTTPS|NO|VLLM|NCCL|TORCH|OMP|CUDA|NVIDIA|OTEL|GF)_[A-Z0-9_]+|TZ|PYTHON"
+    r"(HTTP|HTTPS|NO|ALL)_PROXY|(COMPOSE|DOCKER|PIP|UV|HF|VLLM|NCCL|TORCH|OMP|CUDA|NVIDIA|OTEL|GF)_[A-Z0-9_]+|TZ|PYTHON"
 )
 # A misspelt name in the environment of a shell is only ours to judge when it begins like one of ours.
 _OURS = ("EDGE_", "APPLIANCE_", "GATEWAY_", "LETSENCRYPT_", "ENGINE_", "PROMETHEUS_", "GRAFANA_")

@@ -56,7 +56,7 @@ def text(https_port: int, certificate: Path, model: str, key: str | None, more: 
     if key is not None:
         lines += ["", f"  First API key, shown this once:  {key}"]
     else:
-        lines += ["", "  Keys exist already; another one:  gateway keys create --name NAME"]
+        lines += ["", "  Keys exist already; another one:  scripts/keys create --name NAME"]
     request = curl(https_port, certificate, model, key)
     return "\n".join([*lines, "", "  Try:", *(f"  {line}" for line in request.splitlines()), ""])
 

@@ -65,7 +65,7 @@ class Edge:
     requests_per_second: int = 100  # per client address; 0 = none
     connections: int = 512  # per client address; with HTTP/2 each running call counts; 0 = none
     shutdown_seconds: int = 60
-    upstream_keepalive_seconds: int = 15
+    upstream_keepalive_seconds: int = 60  # below the gateway's 75
     hsts: bool = False
     grafana: str | None = None  # host:port to show under /grafana/, None: not at the edge
     certificate_ends: float | None = None  # Unix seconds, for the metric; None: not known here
@@ -74,6 +74,7 @@ class Edge:
     acme_state: str = "/var/lib/edge-acme"
     acme_directory: str = "https://acme-v02.api.letsencrypt.org/directory"
     foreground: bool = True
+    workers: int = 4  # enough to saturate a gateway; one a core would cost memory on large machines
 
 
 def parse_version(text: str) -> Version:
@@ -102,6 +103,7 @@ def render(edge: Edge, version: Version, openssl: Version | None = None) -> str:
         "modules": "load_module modules/ngx_http_acme_module.so;" if acme else "",
         "daemon": "daemon off;" if edge.foreground else "",
         "run": edge.run,
+        "workers": str(edge.workers),
         "log_level": edge.log_level,
         "access_log": edge.access_log,
         "shutdown_seconds": str(edge.shutdown_seconds),

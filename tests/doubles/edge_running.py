@@ -26,7 +26,7 @@ NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbi
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed on this machine (apt-get install nginx)")
 
 
-def wait_until(what: str, probe: Callable[[], Value | None], seconds: float = 15) -> Value:
+def wait_until(what: str, probe: Callable[[], Value | None], seconds: float = 40) -> Value:
     """The first true answer of `probe`; fails saying `what` never came true."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
@@ -136,8 +136,8 @@ def upstream(port: int = 0) -> Iterator[Upstream]:
 
 
 @contextlib.contextmanager
-def edge(folder: Path, **settings: Any) -> Iterator[Edge]:
-    """nginx in front of the double; `settings` override `nginx_conf.Edge`'s fields."""
+def edge(folder: Path, user: int | None = None, **settings: Any) -> Iterator[Edge]:
+    """nginx in front of the double, as `user` if told; `settings` override `nginx_conf.Edge`'s fields."""
     assert NGINX is not None
     https, http, status = free_ports(3)
     for name in ("run", "certificates", "own"):
@@ -167,8 +167,11 @@ def edge(folder: Path, **settings: Any) -> Iterator[Edge]:
                 path.chmod(0o711)  # workers of a root nginx run as another user
         tested = subprocess.run([NGINX, "-t", "-q", "-c", config], capture_output=True, text=True, check=False)
         assert tested.returncode == 0, tested.stderr
+        for path in (folder, *folder.rglob("*")) if user is not None else ():
+            os.chown(path, user, user)
         with (folder / "error.log").open("wb") as errors:
-            process = subprocess.Popen([NGINX, "-c", config, "-p", folder], stderr=errors)
+            identity: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+            process = subprocess.Popen([NGINX, "-c", config, "-p", folder], stderr=errors, **identity)
         try:
             wait_until("nginx listens", lambda: accepts(https))
             yield Edge(folder, described, process, behind, https, http, status)

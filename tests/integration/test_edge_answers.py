@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -210,21 +210,11 @@ def test_too_many_requests_of_one_address_are_429(tmp_path: Path) -> None:
 
 
 def test_too_many_parallel_calls_of_one_address_are_429(tmp_path: Path) -> None:
-    with (
-        edge_running.edge(tmp_path, connections=2) as edge,
-        edge.client() as holding,
-        edge.client() as client,
-        concurrent.futures.ThreadPoolExecutor(2) as pool,
-    ):
-        held = [pool.submit(holding.get, "/v1/hold?seconds=3") for _ in range(2)]
-
-        def refused() -> httpx.Response | None:
-            answer = client.get("/v1/x")
-            return answer if answer.status_code != 200 else None
-
-        assert_openai_error(wait_until("a refusal", refused, 3), 429, "rate_limit_exceeded")
-        assert [one.result().status_code for one in held] == [200, 200]
-        assert client.get("/v1/x").status_code == 200
+    with edge_running.edge(tmp_path, connections=2) as edge, edge.client() as client:
+        endless = "/v1/stream?chunks=100000&gap=0.02"
+        with edge.client() as holding, holding.stream("GET", endless), holding.stream("GET", endless):
+            assert_openai_error(client.get("/v1/x"), 429, "rate_limit_exceeded")
+        wait_until("places are free again", lambda: client.get("/v1/x").status_code == 200)
 
 
 def test_a_forged_address_does_not_escape_the_limit(tmp_path: Path) -> None:
@@ -240,6 +230,30 @@ def test_the_status_server_tells_connections_and_the_certificates_end(edge: Edge
     assert f"edge_certificate_not_after_timestamp_seconds {edge.settings.certificate_ends:.0f}\n" in text.text
     assert httpx.get(f"http://127.0.0.1:{edge.status}/health").json() == {"status": "ok"}
     assert httpx.get(f"http://127.0.0.1:{edge.status}/v1/models").status_code == 404
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start nginx as another user")
+def test_it_runs_as_a_plain_user(tmp_path: Path) -> None:
+    """As in its container: no root, no capability, a large body waits in its own folder."""
+    nobody = 65534
+    with edge_running.edge(tmp_path, user=nobody) as edge, edge.client() as client:
+        status = Path(f"/proc/{edge.process.pid}/status").read_text()
+        assert f"Uid:\t{nobody}\t{nobody}" in status
+        assert "CapEff:\t0000000000000000" in status
+        assert client.post("/v1/x", content=b"x" * 5_000_000).json()["body_bytes"] == 5_000_000
+
+
+def test_grafana_at_the_edge_is_a_switch(tmp_path: Path) -> None:
+    with (
+        edge_running.upstream() as grafana,
+        edge_running.edge(tmp_path, grafana=f"127.0.0.1:{grafana.port}") as edge,
+        edge.client() as client,
+    ):
+        arrived = client.get("/grafana/d/overview?x=1", headers={"x-forwarded-for": "8.8.8.8"}).json()
+        assert arrived["path"] == "/grafana/d/overview?x=1"
+        assert arrived["headers"]["X-Forwarded-For"] == "127.0.0.1"
+        assert arrived["headers"]["Host"] == "127.0.0.1"
+        assert client.get("/v1/x").json()["headers"]["Host"] == "gateway"
 
 
 def test_no_version_is_told(edge: Edge) -> None:

@@ -18,7 +18,7 @@ from gpu_exporter.native import FAMILIES, MIG_FAMILIES
 GOLDEN = Path(__file__).parents[1] / "golden" / "gpu"
 # What differs from run to run.
 VOLATILE = re.compile(
-    r"^((?:# (?:HELP|TYPE) )?process_.*|(gpu_exporter_(last_collect_(timestamp|duration)_seconds|collects_total)|"
+    r"^((?:# (?:HELP|TYPE) )?process_.*|(gpu_exporter_(last_(collect|hang)_(timestamp|duration)_seconds|collects_total)|"
     r"gpu_xid_last_timestamp_seconds(\{.*\})?|DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL\{.*\})) .*\n",
     re.MULTILINE,
 )
@@ -146,6 +146,30 @@ def test_a_failing_call_is_counted_and_leaves_the_rest(library: Path, tmp_path: 
     assert failures >= 2
     # Permission is missing for good: told once.
     assert page.value("gpu_exporter_call_failures_total", error="no_permission") == 1
+
+
+def test_what_is_no_number_is_left_out(library: Path, tmp_path: Path) -> None:
+    """Performance monitoring divides by the time between two samples, which a driver may count as none."""
+    scenario = Scenario(tmp_path, "h100")
+    scenario.change(_0__Gpm__2="nan", _0__Gpm__5="inf", _0__Field__82__0="18446744073709551615")
+    page = sampled(scenario, library, METRIC_NAMES="both")
+
+    absent = {"gpu_sm_active_ratio", "gpu_tensor_active_ratio", "gpu_memory_temperature_celsius"}
+    assert not absent & page.names()
+    assert page.value("gpu_graphics_engine_active_ratio", gpu="0") == 0.971
+
+
+def test_an_older_driver_is_asked_by_the_older_names(library: Path, tmp_path: Path) -> None:
+    scenario = Scenario(tmp_path, "h100")
+    scenario.change(_0__Temperature__0="!13", _0__OlderTemperature__0="47")
+    scenario.change(_0__CurrentClocksEventReasons="!13", _0__CurrentClocksThrottleReasons="0x40")
+    scenario.change(_0__MemoryInfo_v2="!13", _0__MemoryInfo="1000 400 600")
+    page = sampled(scenario, library)
+
+    assert page.value("gpu_temperature_celsius", gpu="0") == 47
+    assert page.value("gpu_clock_event_active", reason="hw_thermal_slowdown") == 1
+    assert page.value("gpu_memory_used_bytes", gpu="0") == 600
+    assert page.values("gpu_memory_reserved_bytes") == page.values("gpu_exporter_call_failures_total") == []
 
 
 def test_names_of_one_kind_only(library: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -112,41 +114,79 @@ def _reaches(exporter: Exporter) -> bool:
     return False
 
 
-def p99(exporter: Exporter, scrapes: int = 400) -> float:
-    """Seconds within which 99 of 100 scrapes on one connection were answered, in the quietest of five rounds.
+# Serves a page of a given size from memory: what this machine can do at this moment, whatever else runs on it.
+REFERENCE = """
+import http.server, sys
+body = b"x" * int(sys.argv[1])
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", 1 << 20, True
+    def do_GET(self):
+        self.send_response_only(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
 
-    Noise of a busy machine only adds; a round without it shows what the exporter itself takes.
+
+@contextlib.contextmanager
+def reference(size: int) -> Iterator[int]:
+    """The port of a server that only hands out `size` bytes."""
+    process = subprocess.Popen([sys.executable, "-c", REFERENCE, str(size)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def p99(port: int, scrapes: int = 300) -> float:
+    """Seconds within which 99 of 100 scrapes on one connection are answered."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    taken = []
+    for _ in range(scrapes):
+        started = time.perf_counter()
+        connection.request("GET", "/metrics")
+        connection.getresponse().read()
+        taken.append(time.perf_counter() - started)
+    connection.close()
+    return sorted(taken)[int(scrapes * 0.99)]
+
+
+def scrapes_are_quick(exporter: Exporter) -> None:
+    """99 of 100 scrapes take under 5 ms, or, on a machine that is too busy, little more than bytes from memory.
+
+    Noise only adds, so of several rounds the quietest counts, for the exporter and for the reference beside it.
     """
-    best = float("inf")
-    for _ in range(5):
-        connection = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=10)
-        taken = []
-        for _ in range(scrapes):
-            started = time.perf_counter()
-            connection.request("GET", "/metrics")
-            connection.getresponse().read()
-            taken.append(time.perf_counter() - started)
-        connection.close()
-        best = min(best, sorted(taken)[int(scrapes * 0.99)])
-        if best < P99_SECONDS:
-            break
-    return best
+    ours = theirs = float("inf")
+    with reference(len(exporter.get("/metrics")[1])) as port:
+        for _ in range(12):
+            ours = min(ours, p99(exporter.port))
+            if ours < P99_SECONDS:
+                return
+            theirs = min(theirs, p99(port))
+    assert ours < theirs + P99_SECONDS, f"p99 {ours * 1e3:.1f} ms; bytes from memory take {theirs * 1e3:.1f} ms"
 
 
 def test_a_scrape_of_eight_gpus_is_quick(library: Path, tmp_path: Path) -> None:
     scenario = Scenario(tmp_path, *["h100"] * 8)
     with Exporter({**scenario.environment(library), "GPU_SAMPLE_SECONDS": "1"}) as exporter:
         exporter.until("eight GPUs", lambda page: page.value("gpu_visible") == 8)
-        assert p99(exporter) < P99_SECONDS
+        scrapes_are_quick(exporter)
 
 
 def test_a_scrape_is_quick_also_while_the_driver_hangs(library: Path, tmp_path: Path) -> None:
     scenario = Scenario(tmp_path, *["h100"] * 8)
-    hang = {"GPU_SAMPLE_SECONDS": "1", "GPU_DEADLINE_SECONDS": "30"}
+    hang = {"GPU_SAMPLE_SECONDS": "1", "GPU_DEADLINE_SECONDS": "120"}
     with Exporter({**scenario.environment(library), **hang}) as exporter:
         exporter.until("eight GPUs", lambda page: page.value("gpu_visible") == 8)
         scenario.change(_5__UtilizationRates="hang")
-        assert p99(exporter) < P99_SECONDS
+        scrapes_are_quick(exporter)
         assert exporter.get("/health")[0] == 200
 
 

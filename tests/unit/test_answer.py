@@ -97,6 +97,20 @@ def test_several_prompts_are_added_up_while_they_run():
     assert (stream.usage.prompt, stream.usage.completion) == (12, 4)
 
 
+def test_the_engines_fingerprint_moves_to_the_event_that_is_now_the_last():
+    finish = {"id": "c", "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}]}
+    usage = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
+    last = {"id": "c", "choices": [], "usage": usage, "system_fingerprint": "vllm-x"}
+    data = event({**finish, "usage": usage}) + event(last) + DONE
+
+    for cut in range(1, len(data)):
+        stream = Stream(request(), Usage())
+        assert relay(stream, data, [cut]) == event({**finish, "system_fingerprint": "vllm-x"}) + DONE
+
+    stream = Stream(request(), Usage())
+    assert relay(stream, event({**finish, "usage": usage}) + DONE, []) == event(finish) + DONE
+
+
 @pytest.mark.parametrize("before", [b"", chunk("a", (7, 1))])
 def test_the_engines_error_event_ends_the_stream_without_its_text(before: bytes):
     stream = Stream(request(), Usage())

@@ -194,7 +194,7 @@ def test_the_cpu_form_takes_the_gpus_away_and_changes_nothing_else() -> None:
     reserving = {name for name, service in SERVICES.items() if "deploy" in service}
     assert {name for name, service in cpu.items() if service.get("deploy") == "RESET"} == reserving
     touched = {key for service in cpu.values() for key in service}
-    assert touched <= {"image", "build", "environment", "shm_size", "mem_limit", "deploy"}
+    assert touched <= {"image", "build", "environment", "shm_size", "mem_limit", "ulimits", "deploy"}
 
 
 def test_no_secret_stands_in_an_environment_where_a_file_would_do() -> None:
@@ -222,17 +222,14 @@ def test_every_variable_is_in_the_example_with_its_default() -> None:
     assert differing == {}
 
 
-@pytest.mark.parametrize(
-    ("service", "module"),
-    [("gateway", "gateway.settings"), ("vllm", "engine.settings"), ("gpu-exporter", "gpu_exporter.settings")],
-)
+@pytest.mark.parametrize(("service", "module"), sorted(example.SERVICES.items()))
 def test_every_setting_of_a_service_can_be_given_to_its_container(service: str, module: str) -> None:
     environment = set(SERVICES[service]["environment"])
-    settings = example.fields(module)
-    # One process, beside its database; the images know their own Python and device.
-    fixed = {"GATEWAY_WORKERS", "SPOOL_DIR", "ENGINE_DEVICE", "VLLM_PYTHON", "ENGINE_VENV", "HF_TOKEN", "GPU_HOSTNAME"}
-    assert {name for name in settings if name not in environment and f"{name}_FILE" not in environment} <= fixed
+    missing = {name for name in example.fields(module) if not {name, f"{name}_FILE"} & environment}
+    assert missing <= example.FIXED
 
 
-def test_the_example_tells_the_services_settings_as_they_are() -> None:
+def test_the_files_follow_the_services_settings() -> None:
+    """`python -m scripts.local.example` has been run."""
     assert example.written(example.EXAMPLE.read_text()) == example.EXAMPLE.read_text()
+    assert example.passed_on(example.COMPOSE.read_text()) == example.COMPOSE.read_text()

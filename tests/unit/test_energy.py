@@ -79,6 +79,17 @@ def test_a_counter_that_begins_anew_and_a_gpu_that_appears():
     assert bench.uses["idle"] == 50.0
 
 
+def test_the_same_sample_read_again_forgets_no_tokens():
+    bench = Bench()
+    bench.meter.take({"GPU-0": 0.0}, 1.0)
+    bench.calls = [call("1", "a", 30)]
+    bench.meter.take({"GPU-0": 0.0}, 1.0)
+    bench.calls = [call("1", "a", 30), call("2", "b", 10)]
+    bench.meter.take({"GPU-0": 40.0}, 6.0)
+
+    assert bench.keys == {"a": 30.0, "b": 10.0}
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 50), st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 100)), max_size=4)),

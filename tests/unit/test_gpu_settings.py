@@ -15,7 +15,7 @@ def problems(environment: dict[str, str]) -> list[str]:
 
 def test_nothing_is_needed() -> None:
     settings = load({})
-    assert (settings.host, settings.port, settings.metric_names, settings.demo_plan) == (
+    assert (settings.gpu_exporter_host, settings.gpu_exporter_port, settings.metric_names, settings.demo_plan) == (
         "127.0.0.1",
         9101,
         "native",
@@ -24,12 +24,10 @@ def test_nothing_is_needed() -> None:
 
 
 def test_an_empty_value_is_an_unset_one() -> None:
-    assert load({"GPU_EXPORTER_PORT": "", "DEMO": "", "METRIC_NAMES": ""}).port == 9101
+    assert load({"GPU_EXPORTER_PORT": "", "DEMO": "", "METRIC_NAMES": ""}).gpu_exporter_port == 9101
 
 
-@pytest.mark.parametrize(
-    "name", [str(f.alias) for f in Settings.model_fields.values() if str(f.alias).startswith("GPU_")]
-)
+@pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields if name.startswith("gpu_")])
 def test_a_slip_of_the_pen_finds_its_variable(name: str) -> None:
     assert problems({name[:-1] + name[-1] * 2: "1"}) == [
         f"{name[:-1] + name[-1] * 2}: no such variable; did you mean {name}?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from gpu_exporter.collector import Health
 from gpu_exporter.containers import container_of
 from gpu_exporter.demo import MODELS, Demo, DemoPlan
 from gpu_exporter.readings import Driver, Gpu, Identity, MigInstance, Sample, decode, encode
-from gpu_exporter.sampler import Snapshot
+from gpu_exporter.sampler import Sampler, Snapshot
 from gpu_exporter.server import Pages
 
 GOOD = Health(state="ok", success=True, visible=1, expected=1, succeeded_at=1.0, gpus={"GPU-1": (0, "")})
 
 
 def pages(snapshot: Snapshot, alive: bool = True) -> Pages:
-    return Pages(lambda: snapshot, lambda: alive, "native", "box")
+    return Pages(lambda: snapshot, lambda: alive, "native")
 
 
 def test_data_of_a_sampler_that_stopped_disappears() -> None:
@@ -84,3 +85,29 @@ def test_a_process_is_told_by_its_container(group: str | None, container: str, t
         (tmp_path / "77").mkdir()
         (tmp_path / "77" / "cgroup").write_text(group)
     assert container_of(77, tmp_path) == container
+
+
+def test_a_sampler_that_fails_ends_the_program() -> None:
+    """A bug must not leave a program behind that stands there without data."""
+
+    class Broken(Demo):
+        def sample(self, wake: int) -> Sample:
+            raise RuntimeError("a bug")
+
+    died = threading.Event()
+    sampler = Sampler(
+        Broken(DemoPlan(1, MODELS["L4"])),
+        interval=1,
+        retry=1,
+        allowance=1,
+        expected=0,
+        names="native",
+        hostname="",
+        demo=True,
+        on_access_lost=lambda: None,
+        on_death=died.set,
+    )
+    sampler.start()
+    assert died.wait(10)
+    sampler.thread.join(10)
+    assert not sampler.thread.is_alive()

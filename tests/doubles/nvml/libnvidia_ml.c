@@ -84,7 +84,7 @@ static int find_with(Device device, char *value, const char *call, int argument)
 }
 static void numbers(const char *value, u64 *out, int wanted) {
     char *cursor = (char *)value;
-    for (int i = 0; i < wanted; i++) out[i] = (u64)strtoll(cursor, &cursor, 0);
+    for (int i = 0; i < wanted; i++) out[i] = strtoull(cursor, &cursor, 0);
 }
 
 static int text_answer(int result, const char *value, char *out, uint size) {
@@ -263,6 +263,14 @@ int nvmlDeviceGetFanSpeedRPM(Device device, Versioned *request) {
     if (result == OK) request->answer = atoi(value);
     return result;
 }
+/* The older names of calls: drivers before 2024 know only these. Their keys are the older names as well. */
+int nvmlDeviceGetTemperature(Device device, int sensor, uint *out) {
+    char value[512];
+    int result = find_with(device, value, "OlderTemperature", sensor);
+    if (result == OK) *out = (uint)atoi(value);
+    return result;
+}
+U64(CurrentClocksThrottleReasons) U64(SupportedClocksThrottleReasons)
 typedef struct { uint version; int margin; } Margin;
 int nvmlDeviceGetMarginTemperature(Device device, Margin *request) {
     char value[512];

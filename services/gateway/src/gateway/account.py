@@ -9,29 +9,48 @@ from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from gateway.call import Caller
+from gateway.gcra import Rate, per_minute
+
 
 class Day:
     """One quota day of one account, in tokens: `used` is settled, `held` is an upper bound of what still runs."""
 
-    __slots__ = ("held", "requests", "used")
+    __slots__ = ("held", "name", "requests", "used")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.used = 0
         self.held = 0
         self.requests = 0
 
 
 class Account:
-    """The limits' state of a key or an organisation. `live`: request id -> tokens taken from the minute."""
+    """The limits' state of a key or an organisation. `live`: request id -> tokens taken from the minute.
 
-    __slots__ = ("_days", "live", "requests_tat", "tokens_tat", "waiting")
+    `caller`, `requests_rate` and `tokens_rate` are a key's limits as they were last looked at.
+    """
+
+    __slots__ = (
+        "_days", "caller", "live", "requests_rate", "requests_tat", "tokens_rate", "tokens_tat", "waiting",
+    )  # fmt: skip
 
     def __init__(self) -> None:
+        self.caller: Caller | None = None
+        self.requests_rate: Rate | None = None
+        self.tokens_rate: Rate | None = None
         self.requests_tat = 0.0
         self.tokens_tat = 0.0
         self.live: dict[str, int] = {}
         self.waiting: deque[Any] = deque()
         self._days: dict[str, Day] = {}
+
+    def bind(self, caller: Caller) -> None:
+        """Take over the limits of the key as it is now."""
+        limits = caller.limits
+        self.caller = caller
+        self.requests_rate = per_minute(limits.requests_per_minute) if limits.requests_per_minute else None
+        self.tokens_rate = per_minute(limits.tokens_per_minute) if limits.tokens_per_minute else None
 
     def day(self, name: str) -> Day:
         """The day `name` (ISO date). A call that runs past midnight settles into the day in which it began."""
@@ -39,7 +58,7 @@ class Account:
         if day is None:
             for old in [known for known, d in self._days.items() if known < name and not d.held]:
                 del self._days[old]
-            day = self._days[name] = Day()
+            day = self._days[name] = Day(name)
         return day
 
 

@@ -29,7 +29,7 @@ DONE = b"data: [DONE]\n\n"
 _OBJECT = rb"\{(?:[^{}]|\{[^{}]*\})*\}"
 _USAGE = re.compile(rb'"usage":(' + _OBJECT + rb")")
 _USAGE_FIELD = re.compile(rb',"usage":' + _OBJECT)
-_USAGE_EVENT = re.compile(rb'data: \{[^\n]*"choices":\[\][^\n]*\n\n')
+_FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"]*"|null)')
 _INDEX = re.compile(rb'"index":(\d+)')
 _ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: \{"error"')
 _SEQUENCE = re.compile(rb'"sequence_number":(\d+)')
@@ -118,11 +118,23 @@ class Stream:
     """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is
     the dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
 
-    __slots__ = ("_by_index", "_request", "_response_id", "_rest", "_sequence", "ended", "tail", "tokens", "usage")
+    __slots__ = (
+        "_by_index",
+        "_last",
+        "_request",
+        "_response_id",
+        "_rest",
+        "_sequence",
+        "ended",
+        "tail",
+        "tokens",
+        "usage",
+    )
 
     def __init__(self, request: Request, usage: Usage) -> None:
         self._request = request
         self._rest = b""
+        self._last = b""  # an event that may turn out to be the last one
         self._by_index: dict[int, tuple[int, int]] = {}
         self._sequence = -1
         self._response_id = ""
@@ -154,12 +166,16 @@ class Stream:
 
     def _openai(self, data: bytes) -> bytes:
         if b'data: {"error"' in data and (error := _ERROR_EVENT.search(data)):
-            raise BrokenStream(self._openai_usage(data[: error.start() + 2] if error.start() else b""))
+            before = self._openai_usage(data[: error.start() + 2] if error.start() else b"")
+            raise BrokenStream(before + self._last)
         if data.endswith(DONE):
             self.ended = True
             self.tail = DONE
             data = data[: -len(DONE)]
-        return self._openai_usage(data)
+        ready = self._openai_usage(data)
+        if self.ended and self._last:
+            ready, self._last = ready + self._last, b""
+        return ready
 
     def _openai_usage(self, data: bytes) -> bytes:
         at = data.rfind(b'"usage":{')
@@ -174,11 +190,29 @@ class Stream:
         request = self._request
         if request.wants_running_usage:
             return data
+        if not request.wants_usage and (self._last or b'"finish_reason":"' in data or b'"choices":[]' in data):
+            return self._without_usage(data)
         if b'"choices":[]' not in data:
             return _USAGE_FIELD.sub(b"", data)
-        if not request.wants_usage:
-            return _USAGE_FIELD.sub(b"", _USAGE_EVENT.sub(b"", data))
         return b"".join(event if b'"choices":[]' in event else _USAGE_FIELD.sub(b"", event) for event in _events(data))
+
+    def _without_usage(self, data: bytes) -> bytes:
+        """Cut out usage and the last event, which exists for it alone.
+
+        The engine writes its fingerprint on the very last event: that would have been the one before.
+        """
+        ready = []
+        for event in _events(data):
+            if b'"choices":[]' in event:
+                if self._last and (mark := _FINGERPRINT.search(event)):
+                    self._last = self._last[: -len(b"}\n\n")] + mark[0] + b"}\n\n"
+                continue
+            ready.append(self._last)
+            event = _USAGE_FIELD.sub(b"", event)
+            self._last = event if b'"finish_reason":"' in event else b""
+            if not self._last:
+                ready.append(event)
+        return b"".join(ready)
 
     def _note_each(self, data: bytes) -> None:
         """Several choices: each chunk's usage counts its own choice (and its own prompt); the last event's counts all.

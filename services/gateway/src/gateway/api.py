@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from gateway.errors import (
     RequestTooLarge,
     UnknownRoute,
 )
+from gateway.identifiers import fresh
 from gateway.wire import ENDPOINTS
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def request_id(headers: Headers) -> str:
     given = headers.get(b"x-request-id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
-    return os.urandom(16).hex()
+    return fresh()
 
 
 class Api:
@@ -71,7 +71,7 @@ def routes(gateway: Gateway) -> Quart:
 
     @app.after_request
     async def _label(response: Response) -> Response:
-        response.headers["x-request-id"] = g.get("request_id", "") or os.urandom(16).hex()
+        response.headers["x-request-id"] = g.get("request_id", "") or fresh()
         return response
 
     @app.errorhandler(GatewayError)

@@ -84,7 +84,7 @@ class Gateway:
         self.addresses = Addresses(settings.proxy_networks)
         self.reconciliation = Reconciliation(
             self._engine_tokens,
-            lambda: self.ledger.prompt_tokens + self.ledger.completion_tokens,
+            lambda: self.ledger.computed_tokens,
             self.budget.live.values,
         )
         self._tasks: list[asyncio.Task[None]] = []

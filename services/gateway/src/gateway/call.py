@@ -135,6 +135,7 @@ class Call:
         "hold",
         "ip",
         "limit_headers",
+        "loop_lag",
         "mark",
         "outcome",
         "path",
@@ -167,6 +168,7 @@ class Call:
         self.backend: Any = None  # dispatch's choice
         self.answer: Any = None  # the stream under way, which knows how to end broken
         self.limit_headers: dict[str, str] = {}  # x-ratelimit-*, set by the budget stage
+        self.loop_lag = 0.0  # seconds: how late the event loop ran when the call came
         self.usage = Usage()
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None  # what the caller was, or would have been, told
@@ -189,12 +191,19 @@ class Call:
         self.mark = now
 
     def server_timing(self) -> bytes:
-        """Where the time went so far, for the header: stages in milliseconds, then the whole."""
+        """Where the time went so far, in milliseconds: the event loop's lateness, the stages, the whole."""
         now = time.perf_counter()
         seconds = dict(self.stage_seconds)
         seconds[self.stage] = seconds.get(self.stage, 0.0) + now - self.mark
         parts = [f"{stage};dur={value * 1000:.2f}" for stage, value in seconds.items()]
-        return f"{', '.join(parts)}, total;dur={(now - self.started) * 1000:.2f}".encode()
+        whole = f"total;dur={(now - self.started) * 1000:.2f}"
+        return f"loop;dur={self.loop_lag * 1000:.2f}, {', '.join(parts)}, {whole}".encode()
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens as the engine counts them: the prompt once for each choice."""
+        choices = self.request.choices if self.request is not None else 1
+        return self.usage.prompt * choices + self.usage.completion
 
     def abort(self, cause: GatewayError) -> None:
         """End the call from outside (client left, key revoked, gateway stops). The first cause wins."""

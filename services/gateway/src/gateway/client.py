@@ -42,10 +42,17 @@ class Client:
         self._receive = receive
         self._send = send
         self._watcher: asyncio.Task[None] | None = None
-        self._register: Callable[[Callable[[], None] | None], None] | None = None
+        self._register: Callable[[Callable[[], None] | None], None] | None = (scope.get("extensions") or {}).get(
+            "gateway.disconnect"
+        )
         self.headers = Headers(scope["headers"])
         self.started = False
         self.gone = False
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the server itself ends bodies that do not arrive in time, as our connection protocol does."""
+        return self._register is not None
 
     async def body(self, limit: int) -> bytes:
         """The whole body. Raises `RequestTooLarge` above `limit` bytes and `ClientGone` when it breaks off."""
@@ -71,15 +78,13 @@ class Client:
             if not message.get("more_body", False):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def watch(self, scope: Scope, on_gone: Callable[[], None]) -> None:
+    def watch(self, on_gone: Callable[[], None]) -> None:
         """Call `on_gone` once the client has gone. Only after the body is read.
 
         Our own connection protocol offers a registration; elsewhere one task waits for the disconnect.
         """
-        register = (scope.get("extensions") or {}).get("gateway.disconnect")
-        if register is not None:
-            self._register = register
-            register(on_gone)
+        if self._register is not None:
+            self._register(on_gone)
         else:
             self._watcher = asyncio.create_task(self._watch(on_gone))
 
@@ -93,7 +98,6 @@ class Client:
         """Stop watching; idempotent."""
         if self._register is not None:
             self._register(None)
-            self._register = None
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None

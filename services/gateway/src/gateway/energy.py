@@ -25,6 +25,7 @@ class _Reading(msgspec.Struct):
     """The exporter's `/energy`: joules of each GPU since its driver was loaded."""
 
     gpus: dict[str, float]
+    timestamp: float  # Unix seconds of the sample; the exporter samples less often than it is asked
 
 
 class Meter:
@@ -42,6 +43,7 @@ class Meter:
         self._record = record
         self._count = count
         self._counters: dict[str, float] = {}
+        self._sampled_at = 0.0
         self._seen: dict[str, int] = {}  # tokens of running calls at the last reading
         self._ended: list[tuple[str, int]] = []  # key and tokens moved since then by calls that have ended
 
@@ -55,9 +57,15 @@ class Meter:
         while True:
             await asyncio.sleep(PERIOD_SECONDS)
             try:
-                gpus = msgspec.json.decode(await self._read(), type=_Reading).gpus
+                reading = msgspec.json.decode(await self._read(), type=_Reading)
             except (UpstreamError, msgspec.DecodeError):
                 continue  # nothing is lost: the counters go on, and the next reading covers the gap
+            self.take(reading.gpus, reading.timestamp)
+
+    def take(self, gpus: dict[str, float], timestamp: float) -> None:
+        """A reading of the exporter; one that was seen before changes nothing."""
+        if timestamp != self._sampled_at:
+            self._sampled_at = timestamp
             self.share(gpus)
 
     def _growth(self, gpus: dict[str, float]) -> float:

@@ -9,30 +9,32 @@ deep (debt, which is paid by waiting). Times are seconds of any monotonic clock.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 MINUTE = 60.0
 
 
-@dataclass(frozen=True, slots=True)
 class Rate:
-    """`limit` units per `period` seconds, all of them available at once when nothing was used."""
+    """`limit` units per `period` seconds, all of them available at once when nothing was used.
 
-    limit: int
-    period: float = MINUTE
+    `interval` is the time in which one unit refills, seconds.
+    """
 
-    @property
-    def interval(self) -> float:
-        """Seconds until one unit has refilled."""
-        return self.period / self.limit
+    __slots__ = ("_slack", "interval", "limit", "period")
+
+    def __init__(self, limit: int, period: float = MINUTE) -> None:
+        self.limit = limit
+        self.period = period
+        self.interval = period / limit
+        # A rounding error of the clock's size must not turn 'now' into 'in a moment'.
+        self._slack = 1e-6 * max(1.0, self.interval)
 
     def wait(self, tat: float, now: float, cost: int = 1) -> float:
         """Seconds until `cost` units are there; 0 if they are. More than the bucket holds counts as a full bucket."""
-        cost = min(cost, self.limit)
-        behind = max(tat, now) + cost * self.interval - self.period - now
-        # A rounding error of the clock's size must not turn 'now' into 'in a moment'.
-        return behind if behind > 1e-6 * max(1.0, self.interval) else 0.0
+        if cost > self.limit:
+            cost = self.limit
+        behind = (tat if tat > now else now) + cost * self.interval - self.period - now
+        return behind if behind > self._slack else 0.0
 
     def take(self, tat: float, now: float, cost: int = 1) -> float:
         """The new `tat` after using `cost` units, whether they are there or not."""

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client import Counter as RareCounter
 from prometheus_client import exposition as text
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from gateway.call import STAGES
+from gateway.histograms import Counter, Histogram
 
 # SLO thresholds are bucket bounds: 2.5 s to the first token, 30 s for a call, 0.1 s between tokens.
 _DURATION = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -25,33 +27,31 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         per_call = ("endpoint", "model", "outcome")
-        self.requests = Counter("gateway_requests", "Calls ended.", per_call, registry=registry)
+        self.requests = Counter("gateway_requests", "Calls ended.", per_call, registry)
         self.duration = Histogram(
             "gateway_request_duration_seconds", "Time from the head of a request to the end of its answer.",
-            ("endpoint", "model"), buckets=_DURATION, registry=registry,
+            ("endpoint", "model"), registry, _DURATION,
         )  # fmt: skip
         self.first_token = Histogram(
             "gateway_time_to_first_token_seconds", "Time from the head of a request to its first generated token.",
-            ("endpoint", "model"), buckets=_FIRST_TOKEN, registry=registry,
+            ("endpoint", "model"), registry, _FIRST_TOKEN,
         )  # fmt: skip
         self.inter_token = Histogram(
             "gateway_inter_token_seconds", "Mean time between tokens of a stream, once per stream.",
-            ("endpoint", "model"), buckets=_INTER_TOKEN, registry=registry,
+            ("endpoint", "model"), registry, _INTER_TOKEN,
         )  # fmt: skip
-        self.stage = Histogram(
-            "gateway_stage_seconds", "Time a call spent in a stage.", ("stage",), buckets=_STAGE, registry=registry
-        )
+        self.stage = Histogram("gateway_stage_seconds", "Time a call spent in a stage.", ("stage",), registry, _STAGE)
         self.stage_children = {stage: self.stage.labels(stage) for stage in STAGES}
         self.in_flight = Gauge("gateway_in_flight_calls", "Calls between their head and their end.", registry=registry)
         self.queue_calls = Gauge(
             "gateway_queue_calls", "Calls that wait for the engine.", ("priority",), registry=registry
         )
         self.queue_seconds = Histogram(
-            "gateway_queue_seconds", "Time calls waited for the engine.", buckets=_STAGE, registry=registry
-        )
-        self.refusals = Counter("gateway_refusals", "Calls refused, by error code.", ("code",), registry=registry)
-        self.tokens = Counter("gateway_tokens", "Tokens settled.", ("model", "direction"), registry=registry)
-        self.retries = Counter("gateway_retries", "Exchanges tried again before the first byte.", registry=registry)
+            "gateway_queue_seconds", "Time calls waited for the engine.", (), registry, _STAGE
+        ).labels()
+        self.refusals = RareCounter("gateway_refusals", "Calls refused, by error code.", ("code",), registry=registry)
+        self.tokens = Counter("gateway_tokens", "Tokens settled.", ("model", "direction"), registry)
+        self.retries = RareCounter("gateway_retries", "Exchanges tried again before the first byte.", registry=registry)
         self.backend_up = Gauge("gateway_backend_up", "1 if the engine is healthy.", ("backend",), registry=registry)
         self.breaker = Gauge("gateway_breaker_state", "0 closed, 1 half-open, 2 open.", ("backend",), registry=registry)
         self.drift = Gauge(
@@ -62,17 +62,17 @@ class Metrics:
             "gateway_ledger_spool_records", "Usage records that wait for the database.", registry=registry
         )
         self.holds = Gauge("gateway_holds", "Holds of running calls.", registry=registry)
-        self.energy = Counter(
+        self.energy = RareCounter(
             "gateway_energy_joules", "Energy of the GPUs divided over the calls that ran; `idle` when none did.",
             ("use",), registry=registry,
         )  # fmt: skip
         self.loop_lag = Gauge(
             "gateway_event_loop_lag_seconds", "How late the event loop's timers run.", registry=registry
         )
-        self.log_dropped = Counter(
+        self.log_dropped = RareCounter(
             "gateway_log_lines_dropped", "Log lines dropped: the reader is slow.", registry=registry
         )
-        self.spans_dropped = Counter(
+        self.spans_dropped = RareCounter(
             "gateway_spans_dropped", "Spans dropped: the collector is slow.", registry=registry
         )
         self.disk_free = Gauge("gateway_disk_free_bytes", "Free bytes where the ledger lives.", registry=registry)

@@ -89,7 +89,7 @@ class Pipeline:
             request = await self._read(call, client)
             self._auth.allow(call)
             self._registry.pool(request.model)  # refuse a model that nobody serves before anything is taken
-            client.watch(scope, lambda: call.abort(ClientGone("The client closed the connection.")))
+            client.watch(lambda: call.abort(ClientGone("The client closed the connection.")))
             call.enter("budget")
             await self._hold(call)
             call.enter("capacity")
@@ -132,11 +132,14 @@ class Pipeline:
         return size
 
     async def _read(self, call: Call, client: Client) -> Request:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                raw = await client.body(self._settings.max_body_bytes)
-        except TimeoutError:
-            raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
+        if client.guarded:
+            raw = await client.body(self._settings.max_body_bytes)
+        else:
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    raw = await client.body(self._settings.max_body_bytes)
+            except TimeoutError:
+                raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
         if call.endpoint.multipart:
             request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
         else:

@@ -34,7 +34,7 @@ class Reconciliation:
         """Tokens the engines counted less tokens settled or in flight, since the first sample."""
 
     def _known(self) -> int:
-        return self._settled() + sum(call.usage.total for call in self._live() if not call.settled)
+        return self._settled() + sum(call.computed_tokens for call in self._live() if not call.settled)
 
     async def sample(self) -> int:
         """Read the engines once and return the new `drift`.

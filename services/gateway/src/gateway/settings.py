@@ -199,10 +199,8 @@ class Settings(BaseSettings):
     def _real_secret(cls, value: SecretStr | None) -> SecretStr | None:
         if value is None or not value.get_secret_value():
             return None
-        for part in value.get_secret_value().split(","):
-            secret = part.strip().rpartition("=")[2]
-            if len(secret) < 8 or secret.lower() in {"changeme", "change-me", "secret12", "password"}:
-                raise ValueError("has a secret that is shorter than 8 characters or a placeholder")
+        if any(secret.lower() in PLACEHOLDERS for _, secret in split_keys(value.get_secret_value())):
+            raise ValueError("has a placeholder instead of a secret")
         return value
 
     @model_validator(mode="after")
@@ -247,7 +245,23 @@ class Settings(BaseSettings):
         return shown
 
 
+PLACEHOLDERS = frozenset(("changeme", "change-me", "change_me", "secret", "supersecret", "password", "your-key-here"))
 SECRETS = ("vllm_api_key", "gateway_api_keys", "gateway_admin_key", "database_url", "backends")
+
+
+def split_keys(value: str) -> list[tuple[str | None, str]]:
+    """`GATEWAY_API_KEYS` as (name or None, secret): `name=secret` or `secret`, comma-separated.
+
+    A secret may itself end in `=` (base64), so an equals sign with nothing but more of them behind it names nothing.
+    """
+    found: list[tuple[str | None, str]] = []
+    for part in value.split(","):
+        name, _, secret = part.strip().partition("=")
+        if not name or not secret.strip("="):
+            name, secret = "", part.strip()
+        if secret.strip():
+            found.append((name.strip() or None, secret.strip()))
+    return found
 
 
 def _parse_networks(value: str) -> tuple[Network, ...]:

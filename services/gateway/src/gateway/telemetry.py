@@ -93,12 +93,14 @@ class Telemetry:
         self._writer = writer
         self._known_model = known_model
         self._children: dict[tuple[str, str], _Children] = {}
+        self._lag = 0.0
         self.on_end: Callable[[Call], None] | None = None  # who else wants to know of ended calls
         endpoint = settings.otel_exporter_otlp_endpoint
         self._tracer = traces.Tracer(endpoint, settings.trace_slow_seconds, version) if endpoint else None
 
     def begin(self, call: Call, headers: Headers) -> None:
         """Place the call in its trace."""
+        call.loop_lag = self._lag
         call.trace = traces.begin(headers.text(b"traceparent"), call.request_id, self._ratio)
 
     def model_label(self, call: Call) -> str:
@@ -126,12 +128,12 @@ class Telemetry:
             children = self._children[key] = _Children(self._metrics, *key)
         outcome = call.outcome or Outcome.FAILED
         children.outcomes[outcome].inc()
-        exemplar = {"trace_id": call.trace.trace_id} if self._tracer is not None else None
+        exemplar = call.trace.trace_id if self._tracer is not None else None
         children.duration.observe(duration, exemplar)
-        if call.first_token_at is not None:
+        if call.first_token_at is not None and call.request is not None and call.request.stream:
             first = call.first_token_at - call.started
             children.first_token.observe(first, exemplar)
-            if call.request is not None and call.request.stream and call.usage.completion > 1:
+            if call.usage.completion > 1:
                 children.inter_token.observe((duration - first) / (call.usage.completion - 1))
         if call.usage.known:
             children.prompt.inc(call.usage.prompt)
@@ -158,6 +160,7 @@ class Telemetry:
             "outcome": str(call.outcome),
             "status": call.status,
             "code": call.error.code if call.error else None,
+            "detail": _detail(call),
             "stream": call.request.stream if call.request else False,
             "prompt_tokens": call.usage.prompt,
             "completion_tokens": call.usage.completion,
@@ -188,7 +191,8 @@ class Telemetry:
         while True:
             due = loop.time() + period
             await asyncio.sleep(period)
-            self._metrics.loop_lag.set(max(0.0, loop.time() - due))
+            self._lag = max(0.0, loop.time() - due)
+            self._metrics.loop_lag.set(self._lag)
 
     def close(self) -> None:
         """Send what is left."""
@@ -196,10 +200,24 @@ class Telemetry:
             self._tracer.close()
 
 
+def _detail(call: Call) -> str | None:
+    """Why a call failed, for an operator: our own words and the kind of the library's error, never its text."""
+    if call.outcome is not Outcome.FAILED or call.error is None:
+        return None
+    cause = call.error.__cause__
+    return f"{call.error.message} ({type(cause).__name__})" if cause is not None else call.error.message
+
+
 def _advance(counter: Any, total: float) -> None:
     counter.inc(max(0.0, total - counter._value.get()))  # prometheus_client offers no absolute value for counters
 
 
+_second: tuple[int, str] = (0, "")
+
+
 def _timestamp(seconds: float) -> str:
-    whole = time.gmtime(seconds)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", whole) + f".{int(seconds % 1 * 1e6):06d}+00:00"
+    global _second
+    whole = int(seconds)
+    if _second[0] != whole:  # a busy second has thousands of lines
+        _second = (whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)))
+    return f"{_second[1]}.{int(seconds % 1 * 1e6):06d}+00:00"

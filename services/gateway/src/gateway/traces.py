@@ -7,7 +7,6 @@ GenAI attribute names: one table (they are still moving, see the semantic conven
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from gateway.call import STAGES, Outcome
+from gateway.identifiers import fresh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Trace:
     __slots__ = ("forward_id", "parent_id", "sampled", "span_id", "trace_id")
 
     def __init__(self, trace_id: str, parent_id: str | None, sampled: bool) -> None:
-        ids = os.urandom(16).hex()
+        ids = fresh()
         self.trace_id = trace_id
         self.parent_id = parent_id
         self.sampled = sampled
@@ -74,7 +74,7 @@ def begin(traceparent: str, request_id: str, ratio: float) -> Trace:
     if (found := _TRACEPARENT.fullmatch(traceparent)) and found[1] != "0" * 32 and found[2] != "0" * 16:
         sampled = bool(int(found[3], 16) & 1) or random.random() < ratio  # noqa: S311  # sampling is no secret
         return Trace(found[1], found[2], sampled)
-    trace_id = request_id if _TRACE_ID.fullmatch(request_id) and request_id != "0" * 32 else os.urandom(16).hex()
+    trace_id = request_id if _TRACE_ID.fullmatch(request_id) and request_id != "0" * 32 else fresh()
     return Trace(trace_id, None, random.random() < ratio)  # noqa: S311
 
 
@@ -134,7 +134,7 @@ class Tracer:
             seconds = call.stage_seconds.get(stage)
             if seconds is None:
                 continue
-            span_id = int(trace.forward_id if stage == "forward" else os.urandom(8).hex(), 16)
+            span_id = int(trace.forward_id if stage == "forward" else fresh(16), 16)
             context = SpanContext(trace_id, span_id, is_remote=False, trace_flags=flags)
             kind = SpanKind.CLIENT if stage == "forward" else SpanKind.INTERNAL
             end = at + int(seconds * 1e9)

@@ -90,6 +90,11 @@ class Request:
         self.affinity: int | None = None  # same conversation, same number
 
     @property
+    def choices(self) -> int:
+        """Sequences generated for each prompt; the engine computes, and counts, the prompt once for each."""
+        return max(1, self.n // self.prompts)
+
+    @property
     def output_tokens(self) -> int | None:
         """Most tokens that the call can generate over all choices; None while nothing bounds it."""
         if self.endpoint.output_field is None:

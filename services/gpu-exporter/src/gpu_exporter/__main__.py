@@ -1,7 +1,7 @@
 """The program: read the configuration, sample in the background, serve until told to stop.
 
-Exit status: 0 after SIGTERM or SIGINT, 2 for bad configuration or an address that cannot be bound, 3 when the GPU
-devices were lost and GPU_EXIT_ON_ACCESS_LOST asks for a restart.
+Exit status: 0 after SIGTERM or SIGINT, 1 when the sampler failed (a bug), 2 for bad configuration or an address that
+cannot be bound, 3 when the GPU devices were lost and GPU_EXIT_ON_ACCESS_LOST asks for a restart.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 from loguru import logger
 
@@ -21,7 +22,7 @@ from gpu_exporter.sampler import Sampler, Source
 from gpu_exporter.server import Pages, Server
 from gpu_exporter.settings import BadConfiguration, Settings, load
 
-BAD_CONFIGURATION, ACCESS_LOST = 2, 3
+SAMPLER_DIED, BAD_CONFIGURATION, ACCESS_LOST = 1, 2, 3
 # Python hands the interpreter over every 5 ms by default: a scrape would wait that long while a sample is rendered.
 SWITCH_SECONDS = 0.0005
 
@@ -44,22 +45,26 @@ def serve(settings: Settings) -> int:
     stop = threading.Event()
     status = [0]
 
-    def access_lost() -> None:
-        status[0] = ACCESS_LOST
+    def end(with_status: int) -> None:
+        status[0] = with_status
         stop.set()
 
-    sampler = _sampler(settings, access_lost if settings.exit_on_access_lost else None)
-    pages = Pages(lambda: sampler.snapshot, sampler.thread.is_alive, settings.metric_names, settings.hostname)
+    sampler = _sampler(settings, end)
+    pages = Pages(lambda: sampler.snapshot, sampler.thread.is_alive, settings.metric_names)
     try:
-        server = Server(settings.host, settings.port, pages)
+        server = Server(settings.gpu_exporter_host, settings.gpu_exporter_port, pages)
     except OSError as error:
-        logger.error("cannot_listen", host=settings.host, port=settings.port, reason=error.strerror)
+        logger.error(
+            "cannot_listen", host=settings.gpu_exporter_host, port=settings.gpu_exporter_port, reason=error.strerror
+        )
         return BAD_CONFIGURATION
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     sampler.start()
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    logger.info("listening", host=settings.host, port=server.port, version=__version__, demo=settings.demo or None)
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
+    logger.info(
+        "listening", host=settings.gpu_exporter_host, port=server.port, version=__version__, demo=settings.demo or None
+    )
     stop.wait()
     logger.info("stopping", status=status[0])
     server.shutdown()
@@ -68,7 +73,7 @@ def serve(settings: Settings) -> int:
     return status[0]
 
 
-def _sampler(settings: Settings, on_access_lost: object) -> Sampler:
+def _sampler(settings: Settings, end: Callable[[int], None]) -> Sampler:
     plan = settings.demo_plan
     source: Source
     if plan:
@@ -76,22 +81,23 @@ def _sampler(settings: Settings, on_access_lost: object) -> Sampler:
         logger.warning("demo", gpus=plan.count, model=plan.model.name)
     else:
         source = Keeper(
-            deadline=settings.deadline_seconds,
-            open_deadline=settings.open_seconds,
-            discover=settings.discover_seconds,
-            options={"processes": settings.processes, "pcie_throughput": settings.pcie_throughput},
+            deadline=settings.gpu_deadline_seconds,
+            open_deadline=settings.gpu_open_seconds,
+            discover=settings.gpu_discover_seconds,
+            options={"processes": settings.gpu_processes, "pcie_throughput": settings.gpu_pcie_throughput},
             on_xids=lambda events: sampler.note_xids(events),
         )
     sampler = Sampler(
         source,
-        interval=settings.sample_seconds,
-        retry=settings.retry_seconds,
-        allowance=settings.deadline_seconds + 5,
-        expected=settings.expected,
+        interval=settings.gpu_sample_seconds,
+        retry=settings.gpu_retry_seconds,
+        allowance=settings.gpu_deadline_seconds + 5,
+        expected=settings.gpu_expected,
         names=settings.metric_names,
-        hostname=settings.hostname,
+        hostname=settings.gpu_hostname,
         demo=plan is not None,
-        on_access_lost=on_access_lost,  # type: ignore[arg-type]  # a callable or None
+        on_access_lost=lambda: end(ACCESS_LOST) if settings.gpu_exit_on_access_lost else None,
+        on_death=lambda: end(SAMPLER_DIED),
     )
     return sampler
 

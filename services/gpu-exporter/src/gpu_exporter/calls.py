@@ -172,6 +172,13 @@ PERFORMANCE: tuple[tuple[str, str, float], ...] = (
 # What a MIG device's share is measured by; the links belong to the whole GPU.
 MIG_PERFORMANCE = PERFORMANCE[:9]
 
+# What a call was called before: asked when the driver's library does not know the new name.
+OLDER = {
+    "nvmlDeviceGetTemperatureV": "nvmlDeviceGetTemperature",
+    "nvmlDeviceGetCurrentClocksEventReasons": "nvmlDeviceGetCurrentClocksThrottleReasons",
+    "nvmlDeviceGetSupportedClocksEventReasons": "nvmlDeviceGetSupportedClocksThrottleReasons",
+}
+
 ARCHITECTURES = {
     2: "Kepler", 3: "Maxwell", 4: "Pascal", 5: "Volta", 6: "Turing", 7: "Ampere", 8: "Ada Lovelace", 9: "Hopper",
     10: "Blackwell", 13: "Rubin",

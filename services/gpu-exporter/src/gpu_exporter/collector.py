@@ -34,6 +34,7 @@ class Health:
     success: bool = False
     finished_at: float = 0.0
     succeeded_at: float = 0.0
+    hung_at: float = 0.0
     duration: float = 0.0
     calls: int = 0
     visible: int = 0
@@ -47,6 +48,8 @@ class Health:
     failures: Mapping[tuple[str, str], int] = field(default_factory=dict)
     gpus: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     xids: Mapping[tuple[str, int, str], tuple[int, float]] = field(default_factory=dict)
+    # By uuid, DCGM's labels of the GPU, which its XIDs need also when there is no sample.
+    dcgm_labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_data(sample: Sample, names: str, hostname: str) -> str:
@@ -60,7 +63,7 @@ def render_data(sample: Sample, names: str, hostname: str) -> str:
     return render(families)
 
 
-def render_health(health: Health, names: str, hostname: str, now: float) -> str:
+def render_health(health: Health, names: str, now: float) -> str:
     """The part of the page that is true also when there is no data."""
     base = [
         Series(
@@ -71,6 +74,7 @@ def render_health(health: Health, names: str, hostname: str, now: float) -> str:
         ),
         _one("gpu_exporter_last_collect_success", "gauge", "1 when the last sample succeeded.", float(health.success)),
         _one("gpu_exporter_last_collect_timestamp_seconds", "gauge", "When a sample last succeeded; 0 is never.", health.succeeded_at),
+        _one("gpu_exporter_last_hang_timestamp_seconds", "gauge", "When a call into the driver last hung; 0 is never.", health.hung_at),
         _one("gpu_exporter_last_collect_duration_seconds", "gauge", "How long the last sample took.", health.duration),
         _one("gpu_exporter_last_collect_calls", "gauge", "Calls into the driver that the last good sample made.", health.calls),
         _one("gpu_exporter_collects_total", "counter", "Samples tried.", health.collects),
@@ -117,7 +121,7 @@ def render_health(health: Health, names: str, hostname: str, now: float) -> str:
         ),
     ]  # fmt: skip
     if names != "native":
-        base.append(_dcgm_xid(health, hostname, now))
+        base.append(_dcgm_xid(health, now))
     return render(base)
 
 
@@ -179,10 +183,10 @@ def _family(family: Family, owners: list[tuple[str, Readings]]) -> Series:
 
 
 def _dcgm(sample: Sample, gpus: list[Gpu], hostname: str) -> Iterable[Series]:
-    owners = [(_dcgm_labels(gpu, sample, hostname, ()), gpu.readings) for gpu in gpus]
+    owners = [(dcgm_labels(gpu, sample, hostname), gpu.readings) for gpu in gpus]
     shares = [
         (
-            _dcgm_labels(gpu, sample, hostname, (("GPU_I_PROFILE", mig.profile), ("GPU_I_ID", mig.gpu_instance))),
+            dcgm_labels(gpu, sample, hostname, (("GPU_I_PROFILE", mig.profile), ("GPU_I_ID", mig.gpu_instance))),
             mig.readings,
         )
         for gpu in gpus
@@ -198,7 +202,8 @@ def _dcgm(sample: Sample, gpus: list[Gpu], hostname: str) -> Iterable[Series]:
         yield Series(item.name, item.kind, item.help, rows)
 
 
-def _dcgm_labels(gpu: Gpu, sample: Sample, hostname: str, extra: Iterable[tuple[str, str]]) -> str:
+def dcgm_labels(gpu: Gpu, sample: Sample, hostname: str, extra: Iterable[tuple[str, str]] = ()) -> str:
+    """DCGM's labels of a GPU, or with `extra` of a MIG device."""
     identity = gpu.identity
     minor = identity.index if identity.minor_number is None else identity.minor_number
     return labels(
@@ -215,15 +220,14 @@ def _dcgm_labels(gpu: Gpu, sample: Sample, hostname: str, extra: Iterable[tuple[
     )
 
 
-def _dcgm_xid(health: Health, hostname: str, now: float) -> Series:
+def _dcgm_xid(health: Health, now: float) -> Series:
     rows = []
-    for uuid, (index, _) in health.gpus.items():
+    for uuid in health.gpus:
         recent = [
             (at, xid) for (owner, _, xid), (_, at) in health.xids.items() if owner == uuid and now - at < XID_SECONDS
         ]
         last = max(recent, default=(0.0, "0"))[1]
-        text = labels([("gpu", str(index)), ("UUID", uuid), ("device", f"nvidia{index}"), ("Hostname", hostname)])
-        rows.append((text, float(last) if last.isdigit() else 0.0))
+        rows.append((health.dcgm_labels.get(uuid, ""), float(last) if last.isdigit() else 0.0))
     return Series(XID.name, XID.kind, XID.help, rows)
 
 

@@ -24,6 +24,7 @@ MOST_STUCK = 3
 KILL_SECONDS = 1.0
 MOST_BYTES = 32 * 1024 * 1024  # of one message: far above 16 GPUs with 36 links each
 QUARANTINE_SECONDS = (60.0, 960.0)
+RENEWAL_SECONDS = 600.0
 
 
 class CollectFailed(Exception):
@@ -129,6 +130,8 @@ class Keeper:
         self._census: tuple[Probe, float] | None = None
         self._next_census = 0.0
         self._seen: frozenset[str] = frozenset()
+        self._last_census: frozenset[str] = frozenset()
+        self._next_renewal = 0.0
         self._stuck: list[subprocess.Popen[bytes]] = []
         self._quarantine: dict[int, tuple[float, float]] = {}  # index: until, how long
         self._listening_failures: dict[tuple[str, str], int] = {}
@@ -267,8 +270,8 @@ class Keeper:
         probe = self._census[0]
         try:
             for message in probe.messages():
-                if "census" in message and not self._seen.issuperset(message["census"]):
-                    self.renew()
+                if "census" in message:
+                    self._compare(frozenset(message["census"]))
                 if "census" not in message and "failed" not in message:
                     continue
                 self._end(probe)
@@ -277,6 +280,17 @@ class Keeper:
         except (CollectFailed, ValueError):
             self._end(probe)
             self._census = None
+
+    def _compare(self, census: frozenset[str]) -> None:
+        """Start a new probe when the census has a GPU that the probe does not read.
+
+        A GPU that answers the census and yet gives no data (it hangs in other calls) is no news every time.
+        """
+        unread, news = census - self._seen, census != self._last_census
+        self._last_census = census
+        if unread and (news or self._clock() >= self._next_renewal):
+            self._next_renewal = self._clock() + RENEWAL_SECONDS
+            self.renew()
 
     def _end(self, probe: Probe) -> None:
         if not probe.kill():

@@ -7,6 +7,7 @@ What a GPU does not support is asked once and then left out until the probe is r
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -49,6 +50,7 @@ class _Device:
     def __init__(self, handle: Any, identity: Identity) -> None:
         self.handle, self.identity = handle, identity
         self.unsupported: set[object] = set()
+        self.renamed: set[str] = set()  # calls that the driver's library does not know by their new name
         self.mig_enabled: bool | None = None
         # Two buffers for performance samples by GPU instance (None: the whole GPU); the first holds the last sample.
         self.performance: dict[int | None, list[Any]] = {}
@@ -154,6 +156,7 @@ class Nvml:
         known = self._devices.get(uuid)
         if known and known.identity.index == index:
             return known
+        self._devices = {other: old for other, old in self._devices.items() if old.identity.index != index}
         device = self._devices[uuid] = _Device(handle, Identity(index, uuid))
         capability = self._optional(device, "nvmlDeviceGetCudaComputeCapability")
         pci = self._optional(device, "nvmlDeviceGetPciInfo_v3")
@@ -335,13 +338,17 @@ class Nvml:
     def _optional(self, device: _Device, call: str, *arguments: Any, handle: Any = None) -> Any:
         """The answer, or None when it failed. The failure is classified, and what is unsupported not asked again."""
         key = (call, str(arguments) if call != "nvmlDeviceGetFieldValues" else "", handle is not None)
-        if key in device.unsupported:
-            return None
-        try:
-            return self._call(call, device.handle if handle is None else handle, *arguments)
-        except pynvml.NVMLError as error:
-            self._classify(device.unsupported, key, call, error)
-            return None
+        if key not in device.unsupported:
+            try:
+                return self._call(call, device.handle if handle is None else handle, *arguments)
+            except pynvml.NVMLError as error:
+                self._classify(device.unsupported, key, call, error)
+                if _name(error) != "function_not_found":
+                    return None
+                device.renamed.add(call)
+        if call in device.renamed and call in calls.OLDER:
+            return self._optional(device, calls.OLDER[call], *arguments, handle=handle)
+        return None
 
     def _classify(self, unsupported: set[Any], key: object, call: str, error: pynvml.NVMLError) -> None:
         name = _name(error)
@@ -372,4 +379,5 @@ def _field_value(value: Any) -> float:
 
 
 def _add(found: dict[str, list[Reading]], quantity: str, value: float, *labels: str) -> None:
-    found.setdefault(quantity, []).append((float(value), labels))
+    if math.isfinite(value):  # a share of no time at all is no number
+        found.setdefault(quantity, []).append((float(value), labels))

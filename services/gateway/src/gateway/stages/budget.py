@@ -89,6 +89,11 @@ class Budget:
 
     # Reading
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for other calls' holds."""
+        return self._waiters
+
     def account(self, key_id: str) -> Account:
         """The account of a key."""
         account = self._keys.get(key_id)
@@ -121,11 +126,13 @@ class Budget:
                 day.used += tokens
                 day.requests += requests
 
-    def _rates(self, call: Call, caller: Caller) -> tuple[Rate | None, Rate | None]:
-        limits = caller.limits
-        requests = per_minute(limits.requests_per_minute) if limits.requests_per_minute else None
-        tokens = per_minute(limits.tokens_per_minute) if limits.tokens_per_minute and call.endpoint.metered else None
-        return requests, tokens
+    def _account(self, caller: Caller) -> Account:
+        account = self._keys.get(caller.key_id)
+        if account is None:
+            account = self._keys[caller.key_id] = Account()
+        if account.caller is not caller:
+            account.bind(caller)
+        return account
 
     # Deciding
 
@@ -133,28 +140,27 @@ class Budget:
         """Refuse early what would be refused anyway, before the body is read; nothing is taken."""
         caller = call.caller
         assert caller is not None
-        account = self._keys.get(caller.key_id)
-        if account is None and self._address_rate is None:
-            return
-        refusals = self._refusals(call, caller, account or Account(), 0, self._now())
-        if call.endpoint.metered and account is not None:
-            today = self.days.today()
-            if caller.limits.daily_tokens and account.day(today).used >= caller.limits.daily_tokens:
-                refusals.append(self._exhausted("daily_tokens", 0))
+        account = self._account(caller)
+        refusals = self._refusals(call, caller, account, 0, self._now())
+        quota = caller.limits.daily_tokens
+        if quota and call.endpoint.metered and account.day(self.days.today()).used >= quota:
+            refusals = [*refusals, self._exhausted("daily_tokens", 0)]
         if refusals:
+            call.limit_headers = self.headers(call)
             raise _longest(refusals)
 
     def _refusals(self, call: Call, caller: Caller, account: Account, tokens: int, now: float) -> list[GatewayError]:
         """What refuses now, apart from the days."""
         found: list[GatewayError] = []
-        requests_rate, tokens_rate = self._rates(call, caller)
-        address = self._address_rate
-        if address is not None and (wait := address.wait(self._addresses.get(call.ip, 0.0), now)):
-            found.append(_too_fast("requests per minute of this address", "ip_requests_per_minute", address, wait))
-        if requests_rate is not None and (wait := requests_rate.wait(account.requests_tat, now)):
-            found.append(_too_fast("requests per minute", "requests_per_minute", requests_rate, wait))
-        if tokens_rate is not None and (wait := tokens_rate.wait(account.tokens_tat, now, max(tokens, 1))):
-            found.append(_too_fast("tokens per minute", "tokens_per_minute", tokens_rate, wait))
+        rate = self._address_rate
+        if rate is not None and (wait := rate.wait(self._addresses.get(call.ip, 0.0), now)):
+            found.append(_too_fast("requests per minute of this address", "ip_requests_per_minute", rate, wait))
+        rate = account.requests_rate
+        if rate is not None and (wait := rate.wait(account.requests_tat, now)):
+            found.append(_too_fast("requests per minute", "requests_per_minute", rate, wait))
+        rate = account.tokens_rate
+        if rate is not None and call.endpoint.metered and (wait := rate.wait(account.tokens_tat, now, tokens or 1)):
+            found.append(_too_fast("tokens per minute", "tokens_per_minute", rate, wait))
         concurrency = caller.limits.concurrency
         if concurrency and len(account.live) >= concurrency:
             found.append(
@@ -187,50 +193,48 @@ class Budget:
         if not self._store.healthy:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.")
         now = self._now()
-        account = self.account(caller.key_id)
-        today = self.days.today()
+        account = self._account(caller)
+        day = account.day(self.days.today())
         refusals = self._refusals(call, caller, account, wanted.likely, now)
         organisation = self.organisation(caller.organisation) if caller.organisation is not None else None
-        tokens = wanted.most
+        metered = call.endpoint.metered
+        tokens = wanted.most if metered else 0
         blocked: Account | None = None
-        if call.endpoint.metered:
-            for who, quota, limit in (
-                (account, caller.limits.daily_tokens, "daily_tokens"),
-                (organisation, caller.organisation_daily_tokens, "organisation_daily_tokens"),
-            ):
-                if not quota or who is None:
-                    continue
-                day = who.day(today)
-                left = quota - day.used
-                if left < wanted.least:
-                    refusals.append(self._exhausted(limit, left))
-                    continue
-                tokens = min(tokens, left)
-                if left - day.held < min(wanted.most, left) or (first and who.waiting):
-                    blocked = blocked or who  # nobody overtakes those who wait
+        if metered and caller.limits.daily_tokens:
+            left = caller.limits.daily_tokens - day.used
+            if left < wanted.least:
+                refusals.append(self._exhausted("daily_tokens", left))
+            elif left - day.held < min(wanted.most, left) or (first and account.waiting):
+                blocked = account  # nobody overtakes those who wait
+            tokens = min(tokens, left)
+        if metered and organisation is not None and caller.organisation_daily_tokens:
+            shared = organisation.day(day.name)
+            left = caller.organisation_daily_tokens - shared.used
+            if left < wanted.least:
+                refusals.append(self._exhausted("organisation_daily_tokens", left))
+            elif left - shared.held < min(wanted.most, left) or (first and organisation.waiting):
+                blocked = blocked or organisation
+            tokens = min(tokens, left)
         if refusals:
             raise _longest(refusals)
         if blocked is not None:
             return blocked
-        if not call.endpoint.metered:
-            tokens = 0
-        elif call.request is not None:
+        if metered and call.request is not None:
             call.request.output_limit = wanted.limit_for(tokens)
-        requests_rate, tokens_rate = self._rates(call, caller)
         if self._address_rate is not None:
             self._remember(call.ip, self._address_rate.take(self._addresses.get(call.ip, 0.0), now), now)
-        if requests_rate is not None:
-            account.requests_tat = requests_rate.take(account.requests_tat, now)
+        if account.requests_rate is not None:
+            account.requests_tat = account.requests_rate.take(account.requests_tat, now)
         charged = 0
-        if tokens_rate is not None:
-            charged = min(wanted.likely, tokens_rate.limit)
-            account.tokens_tat = tokens_rate.take(account.tokens_tat, now, charged)
+        if account.tokens_rate is not None and metered:
+            charged = min(wanted.likely, account.tokens_rate.limit)
+            account.tokens_tat = account.tokens_rate.take(account.tokens_tat, now, charged)
         account.live[call.request_id] = charged
-        for who in (account, organisation):
-            if who is not None:
-                who.day(today).held += tokens
+        day.held += tokens
+        if organisation is not None:
+            organisation.day(day.name).held += tokens
         call.caller = caller
-        call.hold = Hold(call.request_id, caller.key_id, tokens, today, self._clock() + self._settings.hold_seconds)
+        call.hold = Hold(call.request_id, caller.key_id, tokens, day.name, self._clock() + self._settings.hold_seconds)
         self.live[call.request_id] = call
         return None
 
@@ -334,26 +338,29 @@ class Budget:
             return
         account = self.account(caller.key_id)
         charged = account.live.pop(hold.request_id)
-        requests_rate, tokens_rate = self._rates(call, self._keyring.caller(caller.key_id) or caller)
-        if tokens_rate is not None:
-            if (used or 0) <= charged:
-                account.tokens_tat = tokens_rate.give_back(account.tokens_tat, charged - (used or 0))
+        rate = account.tokens_rate
+        if rate is not None and call.endpoint.metered:
+            more = (used or 0) - charged
+            if more <= 0:
+                account.tokens_tat = rate.give_back(account.tokens_tat, -more)
             else:
-                account.tokens_tat = tokens_rate.take(account.tokens_tat, self._now(), (used or 0) - charged)
-        if used is None and requests_rate is not None:
-            account.requests_tat = requests_rate.give_back(account.requests_tat, 1)
-        organisation = self.organisation(caller.organisation) if caller.organisation is not None else None
-        for who in (account, organisation):
-            if who is not None:
-                day = who.day(hold.day)
-                day.held -= hold.tokens
-                if used is not None:
-                    day.used += used
-                    day.requests += call.outcome is not Outcome.REFUSED
-                if who.waiting:
-                    self._wake(who)
+                account.tokens_tat = rate.take(account.tokens_tat, self._now(), more)
+        if used is None and account.requests_rate is not None:
+            account.requests_tat = account.requests_rate.give_back(account.requests_tat, 1)
+        self._return(account, call, hold, used)
+        if caller.organisation is not None:
+            self._return(self.organisation(caller.organisation), call, hold, used)
         if used is None:
             call.hold = None
+
+    def _return(self, account: Account, call: Call, hold: Hold, used: int | None) -> None:
+        day = account.day(hold.day)
+        day.held -= hold.tokens
+        if used is not None:
+            day.used += used
+            day.requests += call.outcome is not Outcome.REFUSED
+        if account.waiting:
+            self._wake(account)
 
     def tick(self) -> None:
         """Now and then: let waiting calls see a new day or a changed limit; end calls of keys that expired."""
@@ -397,15 +404,15 @@ class Budget:
         limits = caller.limits
         if not (limits.requests_per_minute or limits.tokens_per_minute or limits.daily_tokens):
             return {}
-        account = self.account(caller.key_id)
+        account = self._account(caller)
         now = self._now()
         found: dict[str, str] = {}
-        if limits.requests_per_minute:
-            rate = per_minute(limits.requests_per_minute)
+        rate = account.requests_rate
+        if rate is not None:
             _tell(found, "requests", rate.limit, rate.remaining(account.requests_tat, now), account.requests_tat - now)
         tightest: tuple[int, int, float] | None = None
-        if limits.tokens_per_minute:
-            rate = per_minute(limits.tokens_per_minute)
+        rate = account.tokens_rate
+        if rate is not None:
             tightest = (rate.remaining(account.tokens_tat, now), rate.limit, account.tokens_tat - now)
         if limits.daily_tokens:
             day = account.day(self.days.today())

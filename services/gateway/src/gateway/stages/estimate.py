@@ -12,11 +12,10 @@ from gateway.call import Caller
 from gateway.settings import Settings
 from gateway.wire import Request
 
-_UNBOUNDED = 1 << 40  # nothing bounds the output and no token limit needs a bound
 _LEAST_OUTPUT = 16  # a call that nobody bounded is not worth admitting for less
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """Tokens a call wants. `most` and `least` bound what it may hold; `likely` is charged to the minute.
 
@@ -75,9 +74,9 @@ def ask(request: Request, caller: Caller | None, settings: Settings, max_model_l
         # its own end of the context bounds the call as well.
         fits = max_model_len - prompt
         output = fits if fits >= _LEAST_OUTPUT else None
-    most = _UNBOUNDED if output is None else prompt + n * output
+    most = prompt + n * (settings.default_output_tokens if output is None else output)
     if whole is not None:
-        most = min(most, whole)
+        most = whole if output is None else min(most, whole)
     least = prompt + n * (1 if asked is not None else _LEAST_OUTPUT)
     expected = settings.default_output_tokens // 8 if defaulted or output is None else output
     return Ask(

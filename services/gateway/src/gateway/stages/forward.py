@@ -18,11 +18,13 @@ import msgspec
 from gateway import answer, wire
 from gateway.call import Outcome
 from gateway.errors import (
+    ClientGone,
     GatewayError,
     InvalidRequest,
     ModelNotFound,
     NoBackend,
     RequestTooLarge,
+    UnknownRoute,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -126,6 +128,9 @@ class Forward:
 
     def _judge(self, silence: _Silence, now: float) -> None:
         if not silence.quiet:
+            # The engine waits for the client. A reader that never comes back must not keep its place for ever.
+            if now - silence.since > self._settings.idle_seconds:
+                silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
             self._registry.report(silence.call.backend, False)
@@ -154,7 +159,8 @@ class Forward:
             else:
                 await self._whole(call, client, exchange, silence)
         except UpstreamError:
-            self._registry.report(call.backend, False)
+            if exchange is not None:  # `_open` has told of its own failures
+                self._registry.report(call.backend, False)
             raise
         finally:
             self._silences.discard(silence)
@@ -248,7 +254,7 @@ class Forward:
         await self._finish(call)
         await client.end(stream.tail)
         silence.quiet = True
-        if not await exchange.read():
+        if exchange.whole or not await exchange.read():
             exchange.release()
 
     async def _whole(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
@@ -259,6 +265,8 @@ class Forward:
         while data := await exchange.read():
             silence.since = time.perf_counter()
             parts.append(data)
+            if exchange.whole:
+                break
             size += len(data)
             if size > ANSWER_BUFFER_BYTES:
                 await self._large(call, client, exchange, silence, parts)
@@ -318,6 +326,8 @@ def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
     if status in (400, 404, 405, 413, 415, 422, 501):
         call.outcome = Outcome.REJECTED
         message, param = _message_in(body)
+        if status in (404, 405) and not message:
+            return UnknownRoute(f"This model does not offer {call.path}.")
         if status == 404:
             return ModelNotFound(message or "The engine does not know this model.", param=param)
         if status == 413:

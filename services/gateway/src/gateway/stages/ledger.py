@@ -53,10 +53,8 @@ class Ledger:
         self._clock = clock
         self._noted: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
-        self.prompt_tokens = 0
-        """Prompt tokens settled since this process started."""
-        self.completion_tokens = 0
-        """Completion tokens settled since this process started."""
+        self.computed_tokens = 0
+        """Tokens settled since this process started, as the engines count them."""
 
     @property
     def healthy(self) -> bool:
@@ -134,8 +132,7 @@ class Ledger:
         error = call.error
         hold = call.hold
         outcome = call.outcome or Outcome.OK
-        self.prompt_tokens += usage.prompt
-        self.completion_tokens += usage.completion
+        self.computed_tokens += call.computed_tokens
         model = ""
         if request is not None:
             # A name that no engine has is the caller's text and stays out of the ledger.

@@ -167,7 +167,7 @@ class Store:
     def healthy(self) -> bool:
         """Whether new calls can be recorded."""
         writer = self._writer
-        return writer is not None and writer.healthy and writer.is_alive()
+        return writer is not None and writer.healthy
 
     @property
     def problem(self) -> str | None:

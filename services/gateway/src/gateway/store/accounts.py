@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from gateway.keys import LIMIT_NAMES, Key, KeyNotFound, Secret, digest_of, new_key_id, new_secret
+from gateway.settings import split_keys
 from gateway.store.connection import Database
 
 Changes = list[tuple[Key, list[Secret]]]
@@ -245,13 +246,7 @@ def seed(database: Database, configured: str | None) -> dict[str, int]:
     A secret that left the variable is revoked; a changed secret of a named key replaces the old one; a key that an
     operator disabled or deleted stays so. Returns how many were created, revoked and left deleted.
     """
-    wanted: dict[bytes, tuple[str | None, str]] = {}
-    for part in (configured or "").split(","):
-        name, separator, secret = part.strip().partition("=")
-        if not separator:
-            name, secret = "", name
-        if secret.strip():
-            wanted[digest_of(secret.strip())] = (name.strip() or None, secret.strip())
+    wanted = {digest_of(secret): (name, secret) for name, secret in split_keys(configured or "")}
     done = {"created": 0, "revoked": 0, "deleted": 0}
     with database.transaction():
         now = time.time()

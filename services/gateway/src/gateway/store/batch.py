@@ -9,6 +9,7 @@ statement, so rows travel in multi-row statements, in chunks of fixed sizes that
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,14 +17,14 @@ from itertools import chain
 from typing import Any
 
 from gateway.call import Outcome, UsageRecord
-from gateway.store.connection import Database
+from gateway.store.connection import Database, Run
 from gateway.store.schema import HOLD_COLUMNS, TOTAL_COLUMNS, USAGE_COLUMNS
 
 HoldRow = tuple[Any, ...]  # in the order of HOLD_COLUMNS
 EnergyRow = tuple[str, str, float]  # day, key id, joules
 ProgressRow = tuple[str, int, int, int, float]  # request id, prompt, completion, cached, lease (Unix seconds)
 
-_CHUNKS = (64, 16, 4, 1)
+_CHUNKS = (64, 32, 16, 8, 4, 2, 1)
 
 
 def _marks(columns: int, rows: int) -> str:
@@ -64,13 +65,13 @@ _PROGRESS = (
 )
 
 
-def _in_chunks(database: Database, text: Callable[[int], str], rows: Sequence[Sequence[Any]]) -> int:
+def _in_chunks(run: Run, text: Callable[[int], str], rows: Sequence[Sequence[Any]]) -> int:
     """Run `text(n)` over `rows`, n at a time; returns the number of changed rows."""
     changed = start = 0
     for size in _CHUNKS:
         while len(rows) - start >= size:
             part = rows[start : start + size]
-            changed += database.run(text(size), list(chain.from_iterable(part))).rowcount
+            changed += run(text(size), list(chain.from_iterable(part))).rowcount
             start += size
     return changed
 
@@ -145,45 +146,48 @@ def write(database: Database, group: Group) -> int:
 
 
 class _AlreadyThere(Exception):
-    """Some records were settled before: the transaction is repeated, looking for them first."""
+    """An id of the group is taken: the transaction is repeated, looking for it first."""
 
 
 def _write(database: Database, group: Group, *, careful: bool) -> int:
-    with database.transaction():
+    with database.group() as run:
         if group.holds:
-            _hold(database, group)
+            _hold(run, group, careful)
         for request_id, prompt, completion, cached, lease in group.progress:
-            database.run(_PROGRESS, (prompt, completion, cached, lease, request_id))
+            run(_PROGRESS, (prompt, completion, cached, lease, request_id))
         if group.energy:
-            _in_chunks(database, _add_energy, _energy(group.energy))
+            _in_chunks(run, _add_energy, _energy(group.energy))
         if not group.records:
             return 0
-        _in_chunks(database, _delete_holds, [(record.request_id,) for record in group.records])
-        fresh = _fresh(database, group) if careful else group.records
-        if _in_chunks(database, _insert_usage, [usage_row(record) for record in fresh]) != len(fresh):
+        _in_chunks(run, _delete_holds, [(record.request_id,) for record in group.records])
+        fresh = _fresh(run, group) if careful else group.records
+        if _in_chunks(run, _insert_usage, [usage_row(record) for record in fresh]) != len(fresh):
             raise _AlreadyThere
-        _in_chunks(database, _add_totals, totals(fresh))
+        _in_chunks(run, _add_totals, totals(fresh))
         return len(fresh)
 
 
-def _hold(database: Database, group: Group) -> None:
-    ids = [row[0] for row in group.holds]
-    group.known = _known(database, "usage_records", ids) | _known(database, "holds", ids)
-    rows = [row for row in group.holds if row[0] not in group.known]
-    if len({row[0] for row in rows}) != len(rows):  # two of one id in one group: neither is the first
-        seen: set[str] = set()
-        group.known |= {i for i in ids if i in seen or seen.add(i)}  # type: ignore[func-returns-value]
+def _hold(run: Run, group: Group, careful: bool) -> None:
+    rows = group.holds
+    ids = [row[0] for row in rows]
+    group.known = _known(run, "usage_records", ids)
+    if careful:
+        group.known |= _known(run, "holds", ids)
+        counts = Counter(ids)
+        group.known |= {request_id for request_id in ids if counts[request_id] > 1}  # neither of two is the first
+    if group.known:
         rows = [row for row in rows if row[0] not in group.known]
-    _in_chunks(database, _insert_holds, rows)
+    if _in_chunks(run, _insert_holds, rows) != len(rows):
+        raise _AlreadyThere
 
 
-def _known(database: Database, table: str, ids: Sequence[str]) -> set[str]:
+def _known(run: Run, table: str, ids: Sequence[str]) -> set[str]:
     found: set[str] = set()
     start = 0
     for size in _CHUNKS:  # fixed sizes, so that the statements stay prepared
         while len(ids) - start >= size:
             text = _find(table, size)
-            found.update(request_id for (request_id,) in database.rows(text, ids[start : start + size]))
+            found.update(request_id for (request_id,) in run(text, ids[start : start + size]).fetchall())
             start += size
     return found
 
@@ -193,8 +197,8 @@ def _find(table: str, rows: int) -> str:
     return f"SELECT request_id FROM {table} WHERE request_id IN ({','.join('?' * rows)})"
 
 
-def _fresh(database: Database, group: Group) -> list[UsageRecord]:
-    known = _known(database, "usage_records", [record.request_id for record in group.records])
+def _fresh(run: Run, group: Group) -> list[UsageRecord]:
+    known = _known(run, "usage_records", [record.request_id for record in group.records])
     fresh: list[UsageRecord] = []
     for record in group.records:
         if record.request_id in known:

@@ -95,9 +95,12 @@ class Writer(threading.Thread):
             self._database.close()
             self._answer([(self.opened, None, error)])
             return
-        while self._turn():
-            pass
-        self._database.close()
+        try:
+            while self._turn():
+                pass
+        finally:
+            self.healthy = False  # nobody may be admitted without a writer
+            self._database.close()
 
     def _turn(self) -> bool:
         """One group, and what is due beside it; False when told to stop."""

@@ -1,0 +1,1 @@
+"""Day two of the appliance: backup, restore, upgrade, rotation, bundles, diagnosis. Standard library only."""

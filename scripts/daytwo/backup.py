@@ -1,0 +1,96 @@
+"""`make backup` and `make restore`: keys, ledger, secrets, certificates in one verified file, taken while serving."""
+
+import datetime as dt
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from scripts.daytwo import archive
+from scripts.daytwo.archive import BackupError, Manifest
+from scripts.daytwo.place import REPOSITORY, STATE, Place, PlaceError, find, run, told
+
+
+def version() -> str:
+    """The checked-out version, as git tells it."""
+    return run("git", "-C", REPOSITORY, "describe", "--tags", "--always", "--dirty").strip()
+
+
+def backup(place: Place, target: Path) -> Manifest:
+    """One consistent copy of what the appliance must not lose, at `target`. Raises `BackupError`."""
+    carrier = place.export()
+    assert carrier.stdout is not None
+    manifest = Manifest(dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), version(), place.mode)
+    try:
+        archive.write(target, carrier.stdout, manifest)
+    finally:
+        carrier.stdout.close()
+        failed = carrier.wait()
+    if failed:
+        target.unlink(missing_ok=True)
+        raise BackupError(f"reading the appliance's data failed (status {failed})")
+    return manifest
+
+
+def restore(place: Place, source: Path) -> Manifest:
+    """Puts a backup back, after it has been verified and what is there now has been backed up itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest, packed = archive.read(source, Path(folder))
+        aside = STATE / "backups" / f"before-restore-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}.tar"
+        backup(place, aside)
+        print(f"restore: what was there is kept in {aside}", flush=True)
+        ran = place.running()
+        place.stop()
+        try:
+            put_back(place, packed)
+        finally:
+            if ran:
+                place.start()
+    return manifest
+
+
+def put_back(place: Place, packed: Path) -> None:
+    """Replaces the folders that a verified state (tar.gz) holds. Nothing may be using them."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "state.tar"
+        run("sh", "-c", 'gzip -dc "$1" >"$2"', "sh", packed, plain)
+        with plain.open("rb") as state:
+            place.replace(state, archive.folders(packed))
+
+
+def summary(manifest: Manifest) -> str:
+    """A backup in one line."""
+    rows = {table: count for tables in manifest.tables.values() for table, count in tables.items()}
+    counted = ", ".join(f"{count} {table}" for table, count in sorted(rows.items()) if table in TOLD)
+    return f"{len(manifest.files)} files of version {manifest.version}, {counted or 'no ledger'}"
+
+
+TOLD = ("api_keys", "keys", "usage_records")
+
+
+def backup_verb() -> int:
+    """TO names the file; default: a new one under .state/backups."""
+    stamp = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}"
+    target = Path(os.environ.get("TO") or STATE / "backups" / f"appliance-{stamp}.tar").resolve()
+    if target.is_dir():
+        target /= f"appliance-{stamp}.tar"
+    if os.environ.get("DATABASE_URL", "").startswith("postgresql"):
+        print(
+            "backup: keys and ledger are in PostgreSQL: back them up with pg_dump; this file has all else", flush=True
+        )
+    manifest = backup(find(), target)
+    print(f"backup: {target}: {summary(manifest)}; read back and verified. It holds secrets: guard it like a key.")
+    return 0
+
+
+def restore_verb() -> int:
+    """FROM names the file."""
+    if not os.environ.get("FROM"):
+        raise PlaceError("say which: make restore FROM=file")
+    manifest = restore(find(), Path(os.environ["FROM"]).resolve())
+    print(f"restore: {summary(manifest)}, as of {manifest.created_at}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(told(backup_verb if sys.argv[1] == "backup" else restore_verb))

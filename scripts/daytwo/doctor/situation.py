@@ -1,0 +1,54 @@
+"""What the examinations look at: this checkout, its settings, its place. Read once, never written."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.daytwo.place import REPOSITORY, STATE, ComposePlace, LocalPlace, Place, PlaceError, find
+
+
+@dataclass(frozen=True)
+class Situation:
+    """`settings` is the environment over `.env`, as Compose reads them."""
+
+    repository: Path
+    state: Path
+    settings: dict[str, str]
+    place: Place | None
+
+    @property
+    def local(self) -> bool:
+        """Whether the appliance runs, or would run, as processes of this machine."""
+        return isinstance(self.place, LocalPlace) or self.settings.get("MODE") == "local"
+
+    @property
+    def compose(self) -> ComposePlace | None:
+        """The Compose project, if that is how the appliance runs."""
+        return self.place if isinstance(self.place, ComposePlace) else None
+
+    def port(self, name: str) -> int:
+        """A published port: HTTPS_PORT or HTTP_PORT."""
+        usual = {"HTTPS_PORT": (443, 8443), "HTTP_PORT": (80, 8088)}[name][self.local]
+        return int(self.settings.get(name) or usual)
+
+
+def dotenv(path: Path) -> dict[str, str]:
+    """NAME=value lines; comments and quotes as Compose has them."""
+    values = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        name, separator, value = line.strip().partition("=")
+        if separator and not name.startswith("#"):
+            value = value.strip()
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            values[name.removeprefix("export ").strip()] = value[1:-1] if quoted else value.partition(" #")[0].strip()
+    return values
+
+
+def look() -> Situation:
+    """The situation of this checkout."""
+    settings = {**dotenv(REPOSITORY / ".env"), **os.environ}
+    try:
+        place: Place | None = find()
+    except PlaceError:
+        place = None
+    return Situation(REPOSITORY, STATE, settings, place)

@@ -1,0 +1,58 @@
+"""`make uninstall`: containers, networks, volumes, built images and state; backups stay."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+from scripts.daytwo.place import REPOSITORY, STATE, ComposePlace, LocalPlace, PlaceError, find, run, told
+
+
+def remove_project(place: ComposePlace) -> None:
+    """Everything that bears the project's label."""
+    label = f"label=com.docker.compose.project={place.project}"
+    containers = run("docker", "ps", "-aq", "--filter", label).split()
+    if containers:
+        run("docker", "rm", "--force", "--volumes", *containers)
+    for kind in ("network", "volume"):
+        found = run("docker", kind, "ls", "-q", "--filter", label).split()
+        if found:
+            run("docker", kind, "rm", *found)
+    images = sorted(set(run("docker", "image", "ls", "-q", "--filter", label).split()))
+    if images:
+        run("docker", "image", "rm", "--force", *images)
+
+
+def confirmed(what: str) -> bool:
+    """Whether the operator agrees: YES=1, or the word typed."""
+    if os.environ.get("YES") == "1":
+        return True
+    if not sys.stdin.isatty():
+        raise PlaceError(f"this removes {what}; say YES=1 to do it without being asked")
+    return input(f"This removes {what}. Type `remove` to go on: ").strip() == "remove"
+
+
+def main() -> int:
+    """Removes the appliance of this checkout."""
+    place = find()
+    what = f"project {place.project}" if isinstance(place, ComposePlace) else f"the local appliance in {STATE}"
+    if not confirmed(f"{what} with keys, ledger, secrets and models"):
+        print("uninstall: nothing was removed")
+        return 1
+    if isinstance(place, ComposePlace):
+        remove_project(place)
+    else:
+        assert isinstance(place, LocalPlace)
+        place.stop()
+    if (REPOSITORY / "scripts" / "standin" / "engine").exists() and (STATE / "docker").is_dir():
+        subprocess.run([REPOSITORY / "scripts" / "docker-standin", "stop"], check=True)
+    for entry in list(STATE.iterdir()) if STATE.is_dir() else []:
+        if entry.name != "backups":
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    kept = STATE / "backups"
+    print(f"uninstall: {what} is gone" + (f"; backups stay in {kept}" if kept.is_dir() else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(told(main))

@@ -1,0 +1,153 @@
+"""Run the generator against the appliance and write the report. Started by scripts/loadtest, in its environment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import measure
+import report
+
+HOME = Path(__file__).resolve().parent
+STATE = Path(os.environ.get("APPLIANCE_STATE", ".state")).resolve()
+
+
+def fail(message: str) -> SystemExit:
+    """A line for the operator and exit status 2."""
+    print(f"loadtest: {message}", file=sys.stderr)
+    return SystemExit(2)
+
+
+def positive(name: str, default: str) -> float:
+    """A number above zero from the environment."""
+    text = os.environ.get(name) or default
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise fail(f"{name} must be a number above zero, not {text!r}")
+    return value
+
+
+def first_of(*candidates: Path) -> Path | None:
+    """The first file that exists."""
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def target() -> tuple[str, str, Path | None]:
+    """URL, key and certificate: given, or those of the appliance that `make up` started on this machine."""
+    url = (os.environ.get("URL") or f"https://127.0.0.1:{os.environ.get('HTTPS_PORT') or 8443}").rstrip("/")
+    key = os.environ.get("API_KEY") or os.environ.get("KEY") or ""
+    if not key and (found := first_of(STATE / "first-key", STATE / "first_key", STATE / "secrets/first_key")):
+        key = found.read_text().strip()
+    if not key:
+        raise fail("API_KEY is not set: give a key of the gateway (`gateway keys create --name loadtest`)")
+    given = os.environ.get("CA_FILE")
+    if given and not Path(given).is_file():
+        raise fail(f"CA_FILE names {given}, which is not a file")
+    own = (STATE / "edge-certificates/fullchain.pem", STATE / "certificates/fullchain.pem")
+    return url, key, Path(given) if given else first_of(*own)
+
+
+def models(url: str, key: str, certificate: Path | None) -> list[str]:
+    """What the appliance serves; also proves that it answers and takes the key."""
+    context = ssl.create_default_context(cafile=str(certificate) if certificate else None)
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(
+            request, timeout=10, context=context if url.startswith("https") else None
+        ) as answer:
+            return [model["id"] for model in json.load(answer)["data"]]
+    except urllib.error.HTTPError as error:
+        raise fail(f"{url}/v1/models answers {error.code}: is API_KEY right?") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise fail(
+            f"{url} does not answer ({getattr(error, 'reason', error)}): is the appliance up? (make status)"
+        ) from None
+
+
+def command(folder: Path, url: str, key: str, kind: dict[str, Any], levels: dict[str, float]) -> list[str]:
+    """The generator's command line."""
+    seconds = positive("DURATION", "60")
+    load = (
+        ["--concurrency", str(kind["concurrency"])]
+        if kind["rate"] is None
+        else ["--request-rate", str(kind["rate"]), "--arrival-pattern", "poisson"]
+    )
+    goodput = (
+        f"time_to_first_token:{levels['first_token'] * 1000:g} inter_token_latency:{levels['inter_token'] * 1000:g}"
+    )
+    return [
+        *(str(Path(sys.executable).with_name("aiperf")), "profile", "--url", url, "--api-key", key),
+        *("--model", kind["model"], "--endpoint-type", "chat", "--streaming", "--use-legacy-max-tokens"),
+        *("--use-server-token-count", "--tokenizer", str(STATE / "loadtest-venv/tokenizer")),
+        *("--input-file", str(kind_prompts()), "--custom-dataset-type", "single_turn"),
+        *("--dataset-sampling-strategy", "sequential", "--random-seed", "7"),
+        *("--extra-inputs", f"max_tokens:{kind['max_tokens']}", "--extra-inputs", "temperature:0"),
+        *load,
+        *("--benchmark-duration", f"{seconds:g}", "--benchmark-grace-period", "30", "--goodput", goodput),
+        *("--output-artifact-dir", str(folder / "generator"), "--export-level", "records"),
+        *("--no-gpu-telemetry", "--no-server-metrics", "--ui", "simple"),
+    ]
+
+
+def kind_prompts() -> Path:
+    """The prompts: the project's own unless PROMPTS says otherwise."""
+    path = Path(os.environ.get("PROMPTS") or HOME / "prompts.jsonl").resolve()
+    if not path.is_file():
+        raise fail(f"PROMPTS names {path}, which is not a file")
+    return path
+
+
+def main() -> int:
+    """Run; 0 when calls were answered, 1 when none was, 2 when it could not begin."""
+    url, key, certificate = target()
+    served = models(url, key, certificate)
+    model = os.environ.get("MODEL") or (served[0] if served else "")
+    if model not in served:
+        raise fail(f"MODEL {model!r} is not served (there are: {', '.join(served) or 'none'})")
+    rate = positive("RATE", "1") if os.environ.get("RATE") else None
+    kind = {
+        "model": model,
+        "concurrency": int(positive("CONCURRENCY", "8")) if rate is None else None,
+        "rate": rate,
+        "max_tokens": int(positive("MAX_TOKENS", "128")),
+        "prompts": hashlib.sha256(kind_prompts().read_bytes()).hexdigest()[:12],
+    }
+    levels = {"first_token": positive("TTFT_MS", "2500") / 1000, "inter_token": positive("ITL_MS", "100") / 1000}
+    when = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    results = Path(os.environ.get("LOADTEST_DIR") or STATE / "loadtest").resolve()
+    folder = results / when
+    folder.mkdir(parents=True)
+    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
+    if certificate is not None:
+        environment["SSL_CERT_FILE"] = str(certificate)
+    print(f"loadtest: {model} at {url}; the report will be {folder}/report.html", flush=True)
+    with (folder / "generator.log").open("wb") as log:
+        # Progress goes to the terminal (stderr); the generator's tables to its log: the report says it shorter.
+        done = subprocess.run(command(folder, url, key, kind, levels), env=environment, stdout=log, check=False)
+    (folder / "generator/inputs.json").unlink(missing_ok=True)
+    result = measure.read(folder / "generator/profile_export.jsonl", levels)
+    run = {"when": when, "url": url, "kind": kind, "levels": levels, "summary": result.summary}
+    earlier = report.comparable(results / "results.jsonl", run)
+    (folder / "report.html").write_text(report.page(run, result, earlier))
+    (folder / "summary.json").write_text(json.dumps(run, indent=1) + "\n")
+    with (results / "results.jsonl").open("a") as history:
+        history.write(json.dumps(run) + "\n")
+    print("\n".join(report.lines(result.summary)))
+    print(f"loadtest: {folder}/report.html")
+    return 0 if done.returncode == 0 and result.summary["errors"] < result.summary["calls"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The relay on the real engine: every dialect byte for byte, work ends with its client, the ledger agrees with vLLM."""
+
+import http.client
+import json
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.doubles.gateway import KEY, GatewayProcess
+from tests.doubles.vllm import wait_until
+
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+STORY = [{"role": "user", "content": "Tell a very long story about the sea."}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"usage": {"type": "object"}}}},
+    }
+]
+USAGE = {"include_usage": True}
+RUNNING = {"include_usage": True, "continuous_usage_stats": True}
+COUNTERS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+RUNNING_NOW = re.compile(rb"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+# What differs between two answers to the same request: names and times.
+NAMES = (
+    (re.compile(rb'"(id|item_id|response_id)":\s*"[^"]*"'), rb'"\1":"X"'),
+    (re.compile(rb'"(created|created_at|completed_at)":\s*[\d.]+'), rb'"\1":0'),
+)
+
+
+@pytest.fixture(scope="module")
+def gateway(engine: Any) -> Iterator[GatewayProcess]:
+    with GatewayProcess(VLLM_URL=engine.url, VLLM_API_KEY=engine.api_key) as process:
+        yield process
+
+
+def ask(port: int, path: str, body: dict[str, Any], key: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        connection.request("POST", path, json.dumps(body), headers)
+        answer = connection.getresponse()
+        data = answer.read()
+    finally:
+        connection.close()
+    for pattern, name in NAMES:
+        data = pattern.sub(name, data)
+    return answer.status, data
+
+
+def port_of(engine: Any) -> int:
+    return int(engine.url.rpartition(":")[2])
+
+
+def counted(engine: Any, pattern: re.Pattern[bytes]) -> float:
+    with urllib.request.urlopen(f"{engine.url}/metrics", timeout=10) as page:
+        return sum(float(value) for value in pattern.findall(page.read()))
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/chat/completions", {"messages": QUESTION}),
+    ("/v1/chat/completions", {"messages": QUESTION, "stream": True}),
+    ("/v1/chat/completions", {"messages": QUESTION, "stream": True, "stream_options": USAGE}),
+    ("/v1/chat/completions", {"messages": QUESTION, "stream": True, "stream_options": RUNNING}),
+    ("/v1/chat/completions", {"messages": QUESTION, "stream": True, "logprobs": True, "top_logprobs": 3}),
+    ("/v1/chat/completions", {"messages": QUESTION, "stream": True, "tools": TOOLS, "tool_choice": "none"}),
+    ("/v1/completions", {"prompt": "Hello, my name is"}),
+    ("/v1/completions", {"prompt": "Hello, my name is", "stream": True}),
+    ("/v1/completions", {"prompt": "Hello, my name is", "stream": True, "logprobs": 2, "stream_options": USAGE}),
+    ("/v1/responses", {"input": "Say hello."}),
+    ("/v1/responses", {"input": "Say hello.", "stream": True}),
+    ("/v1/messages", {"messages": QUESTION}),
+    ("/v1/messages", {"messages": QUESTION, "stream": True}),
+    ("/v1/messages/count_tokens", {"messages": QUESTION}),
+    ("/v1/tokenize", {"prompt": "one two three"}),
+    ("/v1/detokenize", {"tokens": [1, 2, 3]}),
+])  # fmt: skip
+def test_an_answer_is_what_the_engine_says(gateway: GatewayProcess, engine: Any, path: str, body: dict[str, Any]):
+    limit = {"/v1/responses": "max_output_tokens"}.get(path, "max_tokens")
+    if "tokens" not in path.rpartition("/")[2] and "tokenize" not in path:
+        body = {**body, limit: 8, "temperature": 0}
+    body = {"model": engine.model, **body}
+    direct = path.replace("/v1", "", 1) if "tokenize" in path else path
+
+    assert ask(gateway.port, path, body, KEY) == ask(port_of(engine), direct, body, engine.api_key)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_several_choices_are_what_the_engine_says_choice_by_choice(gateway: GatewayProcess, engine: Any, path: str):
+    """Choices are interleaved as the engine's scheduler happens to finish them; each one's events keep their order."""
+    shared = {"model": engine.model, "max_tokens": 6, "temperature": 0, "stream": True}
+    body = {"prompt": ["Hello, my name is", "The sea"], **shared} if path == "/v1/completions" else {
+        "messages": QUESTION, "n": 2, "seed": 1, **shared, "temperature": 0.01
+    }  # fmt: skip
+
+    def by_choice(data: bytes) -> dict[Any, list[bytes]]:
+        found: dict[Any, list[bytes]] = {}
+        for event in data.split(b"\n\n"):
+            index = re.search(rb'"index":(\d+)', event)
+            found.setdefault(index and index[1], []).append(event)
+        return found
+
+    _, through = ask(gateway.port, path, body, KEY)
+    _, direct = ask(port_of(engine), path, body, engine.api_key)
+
+    assert by_choice(through) == by_choice(direct)
+
+
+def open_call(port: int, body: dict[str, Any]) -> socket.socket:
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+@pytest.mark.parametrize("how", ["fin", "rst"])
+def test_the_engine_stops_within_a_second_when_the_client_goes(
+    gateway: GatewayProcess, engine: Any, stream: bool, how: str
+):
+    wait_until("the engine is idle", lambda: counted(engine, RUNNING_NOW) == 0)
+    body = {"model": engine.model, "messages": STORY, "max_tokens": 1500, "ignore_eos": True, "stream": stream}
+    connection = open_call(gateway.port, body)
+    if stream:
+        received = b""
+        while received.count(b"data: ") < 5:
+            received += connection.recv(4096)
+    wait_until("the engine works", lambda: counted(engine, RUNNING_NOW) > 0)
+
+    if how == "rst":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    connection.close()
+
+    # One second, and one more for the engine's gauge, which it publishes once a step on a busy two-core machine.
+    wait_until("the engine is idle again", lambda: counted(engine, RUNNING_NOW) == 0, seconds=2.0)
+    closed = wait_until(
+        "the call is closed", lambda: [x for x in gateway.lines if x.get("event") == "call_closed"][-1:]
+    )[0]
+    assert closed["outcome"] == "cancelled"
+    if stream:
+        assert closed["completion_tokens"] >= 4
+        assert closed["prompt_tokens"] > 0
+
+
+def test_the_ledger_agrees_with_the_engine(engine: Any):
+    wait_until("the engine is idle", lambda: counted(engine, RUNNING_NOW) == 0)
+    with GatewayProcess(VLLM_URL=engine.url, VLLM_API_KEY=engine.api_key) as gateway:
+        before = counted(engine, COUNTERS)
+        for stream in (False, True):
+            answer = gateway.chat("Hello there", model=engine.model, max_tokens=5, stream=stream)
+            assert answer.status == 200, answer.body
+        assert (
+            gateway.post("/v1/completions", {"model": engine.model, "prompt": ["a", "b"], "max_tokens": 5}).status
+            == 200
+        )
+        assert (
+            gateway.post("/v1/messages", {"model": engine.model, "messages": QUESTION, "max_tokens": 5}).status == 200
+        )
+        assert (
+            gateway.post("/v1/responses", {"model": engine.model, "input": "Hi", "max_output_tokens": 5}).status == 200
+        )
+        used = gateway.get("/v1/usage").json["used_tokens"]
+        wait_until("the engine has counted the same", lambda: counted(engine, COUNTERS) - before == used, 5.0)
+
+        # A caller sends a prompt once; the engine computes, and counts, it once for each choice. That is no drift.
+        assert gateway.chat("Hello there", model=engine.model, max_tokens=5, n=3).status == 200
+        wait_until("the engine has counted more", lambda: counted(engine, COUNTERS) - before > used)
+        drift = re.compile(rb"^gateway_ledger_drift_tokens ([-0-9.e+]+)$", re.MULTILINE)
+        wait_until("there is no drift", lambda: float(drift.search(gateway.get("/metrics").body)[1]) == 0, 12.0)  # type: ignore[index]

@@ -1,0 +1,200 @@
+"""Backup and restore of a local appliance's state, from outside: verbs as processes, files as a user has them."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BOOK = "gateway-data/gateway.sqlite3"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A stopped local appliance: a ledger in WAL mode, a secret, a certificate."""
+    state = tmp_path / "state"
+    for name in ("gateway-data", "gateway-secrets", "edge-certificates", "models"):
+        (state / name).mkdir(parents=True)
+    secret = state / "gateway-secrets" / "vllm_api_key"
+    secret.write_text("first-secret")
+    secret.chmod(0o600)
+    (state / "edge-certificates" / "fullchain.pem").write_text("a certificate")
+    (state / "models" / "weights").write_text("large and fetched again when lost")
+    with sqlite3.connect(state / BOOK) as ledger:
+        ledger.execute("PRAGMA journal_mode=WAL")
+        ledger.execute("CREATE TABLE usage_records (request_id TEXT UNIQUE, total INTEGER)")
+        ledger.execute("CREATE TABLE daily_totals (day TEXT PRIMARY KEY, total INTEGER)")
+        ledger.execute("INSERT INTO daily_totals VALUES ('today', 0)")
+    ledger.close()
+    return state
+
+
+def verb(name: str, state: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [REPOSITORY / "scripts" / name],
+        env={**os.environ, "MODE": "local", "APPLIANCE_STATE": str(state), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def rows(ledger: Path) -> tuple[int, int]:
+    """Sum of all records, and the total kept beside them; equal in every committed moment."""
+    connection = sqlite3.connect(ledger)
+    try:
+        records = connection.execute("SELECT coalesce(sum(total), 0) FROM usage_records").fetchone()[0]
+        return records, connection.execute("SELECT total FROM daily_totals").fetchone()[0]
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def serving(state: Path) -> Iterator[threading.Event]:
+    """A ledger that is being written, as fast as it goes, in transactions over two tables."""
+    done, first = threading.Event(), threading.Event()
+
+    def write() -> None:
+        connection = sqlite3.connect(state / BOOK, isolation_level=None)
+        number = 0
+        while not done.is_set():
+            number += 1
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("INSERT INTO usage_records VALUES (?, ?)", (f"request-{number}", number))
+            connection.execute("UPDATE daily_totals SET total = total + ?", (number,))
+            connection.execute("COMMIT")
+            first.set()
+        connection.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert first.wait(10)
+    yield done
+    done.set()
+    writer.join()
+
+
+def test_backup_while_serving_is_one_moment_of_the_ledger(
+    state: Path, serving: threading.Event, tmp_path: Path
+) -> None:
+    before = rows(state / BOOK)[0]
+    for attempt in range(3):
+        target = tmp_path / f"backup-{attempt}.tar"
+        done = verb("backup", state, TO=str(target))
+        assert done.returncode == 0, done.stdout + done.stderr
+        with tarfile.open(target) as archive:
+            archive.extract("state.tar.gz", tmp_path, filter="data")
+        with tarfile.open(tmp_path / "state.tar.gz") as archive:
+            archive.extract(BOOK, tmp_path / f"copy-{attempt}", filter="data")
+        records, total = rows(tmp_path / f"copy-{attempt}" / BOOK)
+        assert records == total > before
+        before = records - 1
+
+
+def test_backup_is_readable_by_its_owner_alone_and_leaves_models_out(state: Path, tmp_path: Path) -> None:
+    target = tmp_path / "backup.tar"
+    assert verb("backup", state, TO=str(target)).returncode == 0
+    assert target.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(target) as archive:
+        manifest = json.load(archive.extractfile("manifest.json"))  # type: ignore[arg-type]
+    assert set(manifest["files"]) == {BOOK, "gateway-secrets/vllm_api_key", "edge-certificates/fullchain.pem"}
+    assert manifest["tables"] == {BOOK: {"daily_totals": 1, "usage_records": 0}}
+
+
+def test_restore_brings_back_content_owner_and_mode_and_keeps_what_was_there(state: Path, tmp_path: Path) -> None:
+    target = tmp_path / "backup.tar"
+    assert verb("backup", state, TO=str(target)).returncode == 0
+    secret = state / "gateway-secrets" / "vllm_api_key"
+    secret.write_text("second-secret")
+    (state / "gateway-data" / "made-since").write_text("later")
+    with sqlite3.connect(state / BOOK) as ledger:
+        ledger.execute("INSERT INTO usage_records VALUES ('lost', 1)")
+    ledger.close()
+
+    done = verb("restore", state, FROM=str(target))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert secret.read_text() == "first-secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert not (state / "gateway-data" / "made-since").exists()
+    assert rows(state / BOOK) == (0, 0)
+    assert (state / "models" / "weights").exists()
+    kept = list((state / "backups").glob("before-restore-*.tar"))
+    assert len(kept) == 1
+    assert verb("restore", state, FROM=str(kept[0])).returncode == 0
+    assert secret.read_text() == "second-secret"
+    assert rows(state / BOOK)[0] == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "not-a-backup"])
+def test_a_damaged_backup_is_refused_and_changes_nothing(state: Path, tmp_path: Path, damage: str) -> None:
+    target = tmp_path / "backup.tar"
+    assert verb("backup", state, TO=str(target)).returncode == 0
+    content = bytearray(target.read_bytes())
+    if damage == "flipped":
+        content[content.rindex(b"\x1f\x8b") + 40] ^= 0xFF
+    elif damage == "cut":
+        del content[content.rindex(b"\x1f\x8b") + 40 :]
+    else:
+        content[:] = b"hello"
+    target.write_bytes(content)
+    (state / "gateway-secrets" / "vllm_api_key").write_text("second-secret")
+
+    done = verb("restore", state, FROM=str(target))
+
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith("error: ")
+    assert (state / "gateway-secrets" / "vllm_api_key").read_text() == "second-secret"
+    assert not (state / "backups").exists()
+
+
+def test_a_damaged_ledger_is_not_backed_up_as_if_it_were_whole(state: Path, tmp_path: Path) -> None:
+    ledger = state / BOOK
+    with sqlite3.connect(ledger) as connection:
+        connection.executemany("INSERT INTO usage_records VALUES (?, 1)", [(f"r{n}" * 20,) for n in range(2000)])
+    connection.close()
+    content = bytearray(ledger.read_bytes())
+    content[8192:40960] = b"\xff" * 32768
+    ledger.write_bytes(content)
+    target = tmp_path / "backup.tar"
+
+    done = verb("backup", state, TO=str(target))
+
+    assert done.returncode == 1
+    assert "damaged" in done.stdout
+    assert not target.exists()
+
+
+def test_a_stream_may_not_leave_its_folders(tmp_path: Path) -> None:
+    evil = tmp_path / "evil.tar"
+    with tarfile.open(evil, "w") as archive:
+        entry = tarfile.TarInfo("gateway-data/../escaped")
+        archive.addfile(entry)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with evil.open("rb") as stream:
+        done = subprocess.run(
+            [sys.executable, REPOSITORY / "scripts/daytwo/carrier.py", "import", f"gateway-data={folder}"],
+            stdin=stream,
+            capture_output=True,
+        )
+    assert done.returncode != 0
+    assert not (tmp_path / "escaped").exists()
+    assert list(folder.iterdir()) == []
+
+
+def test_verbs_say_what_to_do_when_there_is_nothing(tmp_path: Path) -> None:
+    done = verb("backup", tmp_path / "none")
+    assert done.returncode == 1
+    assert "make up" in done.stdout
+    done = verb("restore", tmp_path / "none")
+    assert done.returncode == 1
+    assert "FROM=file" in done.stdout

@@ -1,0 +1,97 @@
+"""nginx/start.sh, as it runs in the container: it takes the right rendering and reloads what changed."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from scripts.local.places import ROOT
+from services.init import certificate, nginx_conf
+from tests.doubles.edge_running import accepts, free_ports, needs_nginx, nginx_version, wait_until
+
+pytestmark = needs_nginx
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """As `init` leaves the volumes: a rendering for each range of versions, a certificate."""
+    (tmp_path / "config").mkdir()
+    os.chmod(tmp_path, 0o711)
+    certificate.install(tmp_path / "none", tmp_path / "certificates", ("first.test",))
+    return tmp_path
+
+
+def rendered(folder: Path, https: int, status: int) -> None:
+    edge = nginx_conf.Edge(
+        gateway="127.0.0.1:9",
+        resolver=None,
+        run=str(folder),
+        access_log=str(folder / "access.log"),
+        https_listen=f"127.0.0.1:{https}",
+        http_listen=f"unix:{folder}/http",
+        status_listen=f"127.0.0.1:{status}",
+        chain=str(folder / "certificates" / certificate.CHAIN),
+        key=str(folder / "certificates" / certificate.KEY),
+    )
+    for version in nginx_conf.RENDERED_FOR:
+        name = ".".join(map(str, version))
+        text = nginx_conf.render(edge, version).replace("server_tokens off;", f"server_tokens off; # {name}")
+        (folder / "config" / f"nginx-{name}.conf").write_text(text)
+
+
+def test_it_serves_and_takes_over_a_new_certificate(folder: Path) -> None:
+    https, status = free_ports(2)
+    rendered(folder, https, status)
+    environment = {
+        "PATH": f"{os.environ['PATH']}:/usr/sbin",
+        "EDGE_CONFIG": str(folder / "config"),
+        "EDGE_CERTIFICATES": str(folder / "certificates"),
+    }
+    process = subprocess.Popen(["/bin/sh", ROOT / "nginx/start.sh"], env=environment, start_new_session=True)
+    try:
+        wait_until("nginx listens", lambda: accepts(https))
+        expected = [v for v in nginx_conf.RENDERED_FOR if v <= nginx_version()[0]][-1]
+        running = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode()
+        assert f"nginx-{'.'.join(map(str, expected))}.conf" in running
+        chain, key = certificate.self_signed(("second.test",), dt.datetime.now(dt.UTC))
+        own = folder / "own"
+        own.mkdir()
+        (own / certificate.CHAIN).write_bytes(chain)
+        (own / certificate.KEY).write_bytes(key)
+        certificate.install(own, folder / "certificates", ())
+
+        def taken_over() -> bool:
+            context = ssl.create_default_context(cafile=str(folder / "certificates" / certificate.CHAIN))
+            try:
+                with httpx.Client(verify=context) as client:
+                    return client.get(f"https://localhost:{https}/nothing").status_code == 404
+            except httpx.TransportError:
+                return False
+
+        wait_until("the new certificate is served", taken_over)
+    finally:
+        process.send_signal(signal.SIGQUIT)
+        process.wait(10)
+        os.killpg(process.pid, signal.SIGKILL)  # the watching loop; its sleep would end it at the next turn
+
+
+def test_without_a_rendering_for_this_nginx_it_says_so(folder: Path) -> None:
+    https, status = free_ports(2)
+    rendered(folder, https, status)
+    for path in (folder / "config").iterdir():
+        shutil.move(path, path.with_name("nginx-99.0.0.conf"))
+    done = subprocess.run(
+        ["/bin/sh", ROOT / "nginx/start.sh"],
+        env={"PATH": f"{os.environ['PATH']}:/usr/sbin", "EDGE_CONFIG": str(folder / "config")},
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no configuration for nginx" in done.stderr

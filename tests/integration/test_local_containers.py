@@ -1,0 +1,138 @@
+"""`make up` with Docker, seen from Docker's side: which calls are made, in which order, and what a failure leaves."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from scripts.local.places import ROOT
+from services.init import certificate
+from tests.doubles.edge_running import free_ports
+
+PUBLISHED = (
+    "HTTPS_PORT",
+    "HTTP_PORT",
+    "GRAFANA_PORT",
+    "PROMETHEUS_PORT",
+    "ALERTMANAGER_PORT",
+    "JAEGER_PORT",
+    "LOKI_PORT",
+)
+
+
+def container(service: str, state: str = "running", health: str = "healthy", code: int = 0) -> str:
+    return json.dumps({"Service": service, "State": state, "Health": health, "ExitCode": code})
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A machine with a Docker that does as the test says, and no GPU."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "docker").symlink_to(ROOT / "tests/doubles/docker.py")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "certificate.pem").write_bytes(certificate.self_signed((), dt.datetime.now(dt.UTC))[0])
+    (tmp_path / "ps").write_text(
+        "\n".join([container("init", "exited", ""), container("gateway"), container("nginx"), container("vllm")])
+    )
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "DOCKER_DOUBLE": str(tmp_path),
+        "APPLIANCE_STATE": str(tmp_path / "state"), "CERTIFICATES_DIR": str(tmp_path / "own"),
+        **dict(zip(PUBLISHED, map(str, free_ports(len(PUBLISHED))), strict=True)),
+    }  # fmt: skip
+
+
+def verb(environment: dict[str, str], name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [ROOT / "scripts" / name, *words]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def calls(environment: dict[str, str]) -> list[str]:
+    """What Docker was asked to do; questions left out."""
+    path = Path(environment["DOCKER_DOUBLE"], "calls")
+    lines = path.read_text().splitlines() if path.exists() else []
+    asking = ("info", "compose version", "compose ps", "compose config", "image inspect", "compose exec")
+    return [line for line in lines if not line.startswith(asking)]
+
+
+def test_up_builds_then_prepares_then_starts(environment: dict[str, str]) -> None:
+    done = verb(environment, "up")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mode cpu: Docker, but no NVIDIA GPU" in done.stdout
+    assert "sk-made-by-the-double" in done.stdout
+    assert '"model": "some-model"' in done.stdout
+    verbs = [" ".join(line.split()[:4]) for line in calls(environment)]
+    assert verbs[:4] == ["compose build", "compose run --rm init", "compose run --rm model", "compose up --detach"]
+    deployed = json.loads(Path(environment["APPLIANCE_STATE"], "deployed.json").read_text())
+    assert deployed["mode"] == "cpu"
+    assert deployed["files"] == ["compose.yaml", "compose.cpu.yaml"]
+    assert verb(environment, "status").returncode == 0
+    assert verb(environment, "down").returncode == 0
+    assert "compose down" in calls(environment)
+    assert not Path(environment["APPLIANCE_STATE"], "deployed.json").exists()
+    assert verb(environment, "status").returncode == 1
+
+
+@pytest.mark.parametrize("step", ["compose build", "run --rm init", "run --rm model", "compose up", "compose cp"])
+def test_a_step_that_fails_leaves_nothing_half_started(environment: dict[str, str], step: str) -> None:
+    Path(environment["DOCKER_DOUBLE"], "fail").write_text(step)
+    done = verb(environment, "up")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("up: ")
+    assert calls(environment)[-1].startswith("compose down")
+    assert not Path(environment["APPLIANCE_STATE"], "deployed.json").exists()
+
+
+def test_a_service_that_ends_is_named(environment: dict[str, str]) -> None:
+    ended = "\n".join([container("gateway"), container("vllm", "exited", "", 1)])
+    Path(environment["DOCKER_DOUBLE"], "ps").write_text(ended)
+    done = verb(environment, "up")
+    assert done.returncode == 1
+    assert "up: vllm ended" in done.stderr
+    assert calls(environment)[-1].startswith("compose down")
+
+
+def test_an_engine_that_gave_up_ends_the_wait_with_its_reason(environment: dict[str, str]) -> None:
+    double = Path(environment["DOCKER_DOUBLE"])
+    (double / "ps").write_text(container("vllm", "running", "starting"))
+    (double / "engine").write_text(json.dumps({"state": "failed", "reason": "TP_SIZE=2 does not divide 9 heads"}))
+    done = verb(environment, "up")
+    assert done.returncode == 1
+    assert "the engine failed, TP_SIZE=2 does not divide 9 heads" in done.stderr
+    assert calls(environment)[-1].startswith("compose down")
+
+
+def test_one_that_stays_unhealthy_ends_the_wait(environment: dict[str, str]) -> None:
+    Path(environment["DOCKER_DOUBLE"], "ps").write_text(container("vllm", "running", "starting"))
+    done = verb({**environment, "UP_SECONDS": "1"}, "up")
+    assert done.returncode == 1
+    assert "not healthy after" in done.stderr
+    assert "vllm" in done.stderr
+
+
+def test_a_compose_file_that_does_not_hold_is_refused_before_anything(environment: dict[str, str]) -> None:
+    Path(environment["DOCKER_DOUBLE"], "fail").write_text("config --quiet")
+    done = verb(environment, "up")
+    assert done.returncode == 2
+    assert "the double fails at config" in done.stderr
+    assert calls(environment) == []
+
+
+def test_monitoring_alone(environment: dict[str, str]) -> None:
+    assert verb(environment, "monitoring", "up").returncode == 0
+    [line] = calls(environment)
+    assert line.startswith("compose up --detach prometheus alertmanager grafana jaeger loki")
+    assert " vllm" not in line
+    assert verb(environment, "monitoring", "down").returncode == 0
+    assert calls(environment)[-1].startswith("compose stop prometheus")
+
+
+def test_keys_go_into_the_gateways_container(environment: dict[str, str]) -> None:
+    assert verb(environment, "up").returncode == 0
+    done = verb(environment, "keys", "list", "--json")
+    assert json.loads(done.stdout) == {"data": []}

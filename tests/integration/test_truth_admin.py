@@ -1,0 +1,253 @@
+"""Keys, organisations and usage from outside: over HTTP and on the command line, on a running gateway."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.doubles.gateway import ADMIN_KEY, KEY, GatewayProcess
+from tests.doubles.vllm import VllmDouble, wait_until
+
+LIMITS = ["requests_per_minute", "tokens_per_minute", "concurrency", "daily_tokens", "max_tokens"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[VllmDouble]:
+    with VllmDouble(model="double") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
+    with GatewayProcess(VLLM_URL=engine.url) as gateway:
+        yield gateway
+
+
+def create(gateway: GatewayProcess, **fields: object) -> dict:
+    answer = gateway.admin("POST", "/admin/keys", {"name": "made", **fields})
+    assert answer.status == 201, answer.body
+    return answer.json
+
+
+class Stream(threading.Thread):
+    """A streaming call on a connection of its own; `text` grows as bytes arrive."""
+
+    def __init__(self, gateway: GatewayProcess, key: str, prompt: str) -> None:
+        super().__init__(daemon=True)
+        body = json.dumps(
+            {"model": "double", "stream": True, "messages": [{"role": "user", "content": prompt}]}
+        ).encode()
+        self.socket = socket.create_connection(("127.0.0.1", gateway.port), timeout=30)
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.socket.sendall(head.encode() + body)
+        self.text = b""
+        self.ended_at = 0.0
+        self.start()
+
+    def run(self) -> None:
+        while data := self.socket.recv(65536):
+            self.text += data
+        self.ended_at = time.monotonic()
+        self.socket.close()
+
+    @property
+    def request_id(self) -> str:
+        head = self.text.partition(b"\r\n\r\n")[0].lower().decode()
+        return next(line.split(": ", 1)[1] for line in head.split("\r\n") if line.startswith("x-request-id"))
+
+
+def test_a_keys_life_over_http(gateway):
+    made = create(gateway, daily_tokens=1000, concurrency=0, models=["double"], organisation="lab", priority="low")
+    assert made["daily_tokens"] == 1000
+    assert made["concurrency"] == 0
+    assert made["requests_per_minute"] is None
+    assert set(made) >= {"id", "name", "secret", *LIMITS, "models", "priority", "weight", "expires_at", "organisation"}
+    path = f"/admin/keys/{made['id']}"
+    assert gateway.chat(key=made["secret"], max_tokens=5).status == 200
+    listed = gateway.admin("GET", "/admin/keys").json["data"]
+    assert [key["name"] for key in listed if key["id"] == made["id"]] == ["made"]
+    assert "secret" not in json.dumps(listed)
+    changed = gateway.admin("PATCH", path, {"daily_tokens": None, "weight": 3})
+    assert (changed.status, changed.json["daily_tokens"], changed.json["weight"]) == (200, None, 3)
+    assert gateway.admin("GET", path).json["weight"] == 3
+    rotated = gateway.admin("POST", f"{path}/rotate", {"grace_seconds": 60}).json
+    assert set(rotated) == {"id", "secret"}
+    assert gateway.chat(key=made["secret"], max_tokens=5).status == 200
+    assert gateway.chat(key=rotated["secret"], max_tokens=5).status == 200
+    newest = gateway.admin("POST", f"{path}/rotate").json["secret"]
+    assert gateway.chat(key=rotated["secret"]).code == "invalid_api_key"
+    assert gateway.admin("POST", f"{path}/disable").json["disabled"] is True
+    refused = gateway.chat(key=newest)
+    assert (refused.status, refused.code) == (403, "key_disabled")
+    assert gateway.admin("POST", f"{path}/enable").json["disabled"] is False
+    assert gateway.chat(key=newest, max_tokens=5).status == 200
+    deleted = gateway.admin("DELETE", path)
+    assert (deleted.status, deleted.body) == (204, b"")
+    assert gateway.chat(key=newest).code == "invalid_api_key"
+    assert gateway.admin("GET", path).status == 404
+    assert gateway.admin("DELETE", path).code == "key_not_found"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"name": "x", "daily_token": 5},
+        {"name": "x", "disabled": True},
+        {},
+        {"name": "x", "daily_tokens": -1},
+        b"{",
+        b"[]",
+    ],
+)
+def test_what_is_unknown_or_wrong_is_refused(gateway, body):
+    answer = gateway.admin("POST", "/admin/keys", body)
+    assert (answer.status, answer.code) == (400, "invalid_request")
+    assert answer.json["error"]["type"] == "invalid_request_error"
+
+
+def test_unknown_fields_are_refused_everywhere(gateway):
+    key_id = create(gateway)["id"]
+    for method, path, body in (
+        ("PATCH", f"/admin/keys/{key_id}", {"weigth": 2}),
+        ("POST", f"/admin/keys/{key_id}/rotate", {"grace": 2}),
+        ("PATCH", "/admin/organisations/lab", {"tokens": 2}),
+    ):
+        assert gateway.admin(method, path, body).status == 400
+    assert gateway.admin("GET", "/admin/usage?group=key").status == 400
+    assert gateway.admin("GET", "/admin/usage?group_by=secret").status == 400
+    assert gateway.admin("GET", "/admin/usage?from=yesterday").status == 400
+
+
+def test_the_admin_api_takes_only_the_admin_key(gateway):
+    for key in (None, KEY, ADMIN_KEY + "x", ADMIN_KEY[:-1], ""):
+        for method, path in (
+            ("GET", "/admin/keys"),
+            ("POST", "/admin/keys"),
+            ("GET", "/admin/usage"),
+            ("GET", "/admin/queue"),
+        ):
+            answer = gateway.request(method, path, {"name": "x"} if method == "POST" else None, key)
+            assert answer.status == 401, (key, path)
+            assert answer.code in ("missing_api_key", "invalid_api_key")
+    assert gateway.chat(key=ADMIN_KEY).status == 401  # and it opens nothing else
+
+
+def test_addresses_outside_the_networks_are_turned_away(engine):
+    with GatewayProcess(VLLM_URL=engine.url, ADMIN_NETWORKS="192.0.2.0/24") as gateway:
+        assert gateway.admin("GET", "/admin/keys").status == 403
+        allowed = gateway.get("/admin/keys", ADMIN_KEY, X_Forwarded_For="192.0.2.7")
+        assert allowed.status == 200
+        assert gateway.chat(max_tokens=5).status == 200
+
+
+def test_without_an_admin_key_it_is_closed(engine):
+    with GatewayProcess(VLLM_URL=engine.url, GATEWAY_ADMIN_KEY=None) as gateway:
+        assert gateway.admin("GET", "/admin/keys").status == 401
+        assert gateway.get("/admin/keys", "\0" * 8).status in (400, 401)
+
+
+def test_own_usage(gateway):
+    made = create(gateway, daily_tokens=5000)
+    empty = gateway.get("/v1/usage", made["secret"])
+    assert empty.status == 200
+    assert empty.json["key_id"] == made["id"]
+    assert (empty.json["used_tokens"], empty.json["held_tokens"], empty.json["requests"]) == (0, 0, 0)
+    assert (empty.json["limit_tokens"], empty.json["remaining_tokens"]) == (5000, 5000)
+    assert time.time() < empty.json["resets_at"] <= time.time() + 86_400
+    spent = gateway.chat(key=made["secret"], max_tokens=7).json["usage"]["total_tokens"]
+    after = gateway.get("/v1/usage", made["secret"]).json
+    assert (after["used_tokens"], after["remaining_tokens"], after["requests"]) == (spent, 5000 - spent, 1)
+    unlimited = gateway.get("/v1/usage").json
+    assert unlimited["limit_tokens"] is None
+    assert unlimited["remaining_tokens"] is None
+    assert gateway.get("/v1/usage", None).code == "missing_api_key"
+    assert gateway.get("/v1/usage", "sk-nobody-000").code == "invalid_api_key"
+
+
+def test_usage_of_all_over_http_and_on_the_command_line(gateway):
+    made = create(gateway, organisation="readers")
+    spent = [gateway.chat(key=made["secret"], max_tokens=n).json["usage"] for n in (3, 5)]
+    prompt, completion = (sum(u[name] for u in spent) for name in ("prompt_tokens", "completion_tokens"))
+    for group, column, name in (("key", "key_id", made["id"]), ("organisation", "organisation", "readers")):
+        data = gateway.admin("GET", f"/admin/usage?group_by={group}").json["data"]
+        row = next(row for row in data if row[column] == name)
+        assert (row["prompt_tokens"], row["completion_tokens"], row["requests"]) == (prompt, completion, 2)
+    by_model = gateway.admin("GET", "/admin/usage?group_by=model").json["data"]
+    assert "double" in {row["model"] for row in by_model}
+    day = gateway.get("/v1/usage").json["day"]
+    assert [
+        row["day"] for row in gateway.admin("GET", f"/admin/usage?group_by=day&from={day}&to={day}").json["data"]
+    ] == [day]
+    assert gateway.admin("GET", "/admin/usage?group_by=day&to=2020-01-01").json["data"] == []
+    told = gateway.cli("usage", "--by", "model", "--json")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["data"] == by_model
+
+
+def test_an_organisations_quota_over_http(gateway):
+    changed = gateway.admin("PATCH", "/admin/organisations/club", {"daily_tokens": 2000})
+    assert (changed.status, changed.json["daily_tokens"]) == (200, 2000)
+    one, two = (create(gateway, organisation="club") for _ in range(2))
+    gateway.chat(key=one["secret"], text="double:tokens=300", max_tokens=300)
+    refused = None
+    for _ in range(10):
+        refused = gateway.chat(key=two["secret"], text="double:tokens=300", max_tokens=300)
+        if refused.status != 200:
+            break
+    assert refused.code == "quota_exhausted"
+    assert refused.headers["x-should-retry"] == "false"
+    assert int(refused.headers["retry-after"]) > 0
+    usage = gateway.get("/v1/usage", two["secret"]).json["organisation"]
+    assert usage["limit_tokens"] == 2000
+    assert 1600 < usage["used_tokens"] <= 2000
+    assert (
+        next(o for o in gateway.admin("GET", "/admin/organisations").json["data"] if o["name"] == "club")["keys"] == 2
+    )
+
+
+def test_a_change_on_the_command_line_is_noticed_at_once(gateway):
+    told = gateway.cli("keys", "create", "--name", "cli", "--json")
+    assert told.returncode == 0, told.stderr
+    made = json.loads(told.stdout)
+    wait_until("the new key works", lambda: gateway.get("/v1/models", made["secret"]).status == 200, 2)
+    assert gateway.cli("keys", "disable", made["id"]).returncode == 0
+    wait_until("the key is refused", lambda: gateway.get("/v1/models", made["secret"]).status == 403, 2)
+
+
+@pytest.mark.parametrize("by", ["http", "cli", "rotation", "deletion"])
+def test_revoking_a_key_ends_its_streams_within_a_second(gateway, engine, by):
+    made = create(gateway)
+    streams = [Stream(gateway, made["secret"], "double:tokens=4000,pace_ms=20") for _ in range(10)]
+    others = Stream(gateway, KEY, "double:tokens=150,pace_ms=20")
+    wait_until("tokens flow", lambda: all(s.text.count(b"data: ") > 5 for s in [*streams, others]), 10)
+    revoked_at = time.monotonic()
+    if by == "http":
+        gateway.admin("POST", f"/admin/keys/{made['id']}/disable")
+    elif by == "rotation":
+        gateway.admin("POST", f"/admin/keys/{made['id']}/rotate", {"grace_seconds": 0})
+    elif by == "deletion":
+        gateway.admin("DELETE", f"/admin/keys/{made['id']}")
+    else:
+        assert gateway.cli("keys", "disable", made["id"]).returncode == 0
+        revoked_at = time.monotonic()
+    for stream in streams:
+        stream.join(10)
+        assert stream.ended_at - revoked_at < 1.0
+        assert stream.text.count(b'"error"') == 1
+        assert b"[DONE]" not in stream.text
+        line = gateway.closed(stream.request_id)
+        assert line["outcome"] == "revoked"
+    others.join(10)
+    assert b"[DONE]" in others.text  # nobody else was touched
+    wait_until("the engine is idle", lambda: engine.state()["running"] == 0, 5)
+    usage = next(row for row in gateway.admin("GET", "/admin/usage").json["data"] if row["key_id"] == made["id"])
+    by_id = {r["request_id"]: r for r in engine.requests()}
+    assert usage["requests"] == 10
+    relayed = sum(s.text.count(b'"content":"') for s in streams)
+    counted = sum(by_id[s.request_id]["completion_tokens"] for s in streams if s.request_id in by_id)
+    assert 0 < usage["completion_tokens"] <= max(counted, relayed)

@@ -1,0 +1,45 @@
+"""One CPU appliance for the whole suite, on stand-in images where no registry answers."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from tests.stack.appliance import STANDIN, Appliance, DockerMissing, stand_ins, start_docker
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[list[str]]:
+    """Docker answers and the base images are there; the images that cannot be had."""
+    if os.geteuid() != 0 and subprocess.run([STANDIN, "exec", "docker", "version"], capture_output=True).returncode:
+        pytest.skip("no Docker Engine answers, and starting a private one needs root")
+    try:
+        started = start_docker()
+    except DockerMissing as missing:
+        pytest.skip(f"Docker cannot run here: {missing}")
+    left_out = stand_ins()
+    if left_out:
+        sys.__stdout__.write(
+            f"\nstack: left out, no registry answers and Debian has no package: {' '.join(left_out)}\n"
+        )
+    yield left_out
+    if started:
+        subprocess.run([STANDIN, "stop"], check=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def appliance(docker: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
+    """The appliance, built from this checkout, serving, with one key."""
+    one = Appliance(left_out=docker)
+    try:
+        if os.geteuid() == 0:
+            one.give_ledger_a_disk(tmp_path_factory.mktemp("disk") / "ledger")
+        built = one.build()
+        started = one.up()
+        sys.__stdout__.write(f"\nstack: images built in {built:.0f} s, serving {started:.0f} s after `up`\n")
+        one.key = str(one.create_key("proof")["secret"])
+        yield one
+    finally:
+        if os.environ.get("KEEP_STACK") != "1":
+            one.down()

@@ -1,0 +1,125 @@
+"""Ways to hurt a running appliance as its worst days do: by signals, cut networks, full disks."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.stack.appliance import STANDIN, Appliance
+
+
+def processes(appliance: Appliance, service: str) -> list[int]:
+    """All processes of a service, as this machine numbers them."""
+    listed = appliance.docker("top", appliance.container(service), "-o", "pid").split()[1:]
+    return [int(pid) for pid in listed]
+
+
+def kill(appliance: Appliance, service: str) -> float:
+    """kill -9 of everything in a container, behind Docker's back: `docker kill` would count as the operator's wish.
+
+    The moment of the first signal (`time.monotonic()`).
+    """
+    victims = processes(appliance, service)
+    struck = time.monotonic()
+    for pid in victims:
+        end(pid)
+    return struck
+
+
+def end(pid: int) -> None:
+    """SIGKILL; one that has just gone is as dead."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def cut(appliance: Appliance, service: str, network: str) -> None:
+    """Takes a service off a network."""
+    appliance.docker("network", "disconnect", f"{appliance.project}_{network}", appliance.container(service))
+
+
+def join(appliance: Appliance, service: str, network: str) -> None:
+    """Puts it back under its name."""
+    name = f"{appliance.project}_{network}"
+    appliance.docker("network", "connect", "--alias", service, name, appliance.container(service))
+
+
+FILL = """
+import os
+place = os.statvfs("/volume")
+assert place.f_blocks * place.f_frsize < 1e9, "this would fill the machine's own disk"
+with open("/volume/filler", "wb", buffering=0) as filler:
+    for size in (65536, 1):
+        try:
+            while True:
+                filler.write(bytes(size))
+        except OSError:
+            pass
+"""
+
+
+def fill(appliance: Appliance, volume: str) -> None:
+    """Writes until the volume's file system is full; refuses to do it to a disk that others use."""
+    _in_volume(appliance, volume, FILL)
+
+
+def free(appliance: Appliance, volume: str) -> None:
+    """Takes the filler away."""
+    _in_volume(appliance, volume, "import os\nos.unlink('/volume/filler')")
+
+
+def _in_volume(appliance: Appliance, volume: str, script: str) -> None:
+    image = str(appliance.inspect("gateway")["Image"])
+    mounted = f"{appliance.project}_{volume}:/volume"
+    appliance.docker(
+        "run", "--rm", "--network", "none", "--user", "0:0", "--volume", mounted, "--entrypoint", "python3", image, "-c", script
+    )  # fmt: skip
+
+
+def starve(appliance: Appliance, service: str) -> None:
+    """Takes a container's memory until the kernel kills in it, and makes sure that it is not us who are chosen."""
+    for pid in processes(appliance, service):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+    hog = "b = []\nwhile True: b.append(bytearray(b'x') * (1 << 26))"
+    appliance.exec(service, "python3", "-c", hog, check=False, seconds=120)
+
+
+def engine_processes() -> list[int]:
+    """The private Docker Engine: dockerd, containerd and their shims."""
+    runtime = Path(
+        subprocess.run(
+            ["bash", "-c", '. scripts/standin/cache.sh; printf %s "$runtime"'],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    found = [int((runtime / name).read_text()) for name in ("docker.pid", "exec/containerd/containerd.pid")]
+    shims = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return found + [int(line.split()[0]) for line in shims.splitlines() if str(runtime) in line and "shim" in line]
+
+
+def restart_docker() -> None:
+    """As `systemctl restart docker`."""
+    daemon = engine_processes()[0]
+    os.kill(daemon, signal.SIGTERM)
+    from tests.stack.waiting import until
+
+    until("the daemon ends", lambda: not Path(f"/proc/{daemon}").exists(), 60)
+    subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+
+
+def cut_power(appliance: Appliance) -> float:
+    """Everything at once, no one is told; then the machine comes up again."""
+    described = json.loads(appliance.docker("inspect", *appliance.docker("ps", "-q").split()))
+    victims = engine_processes()
+    for one in described:
+        victims += [int(one["State"]["Pid"])]
+    struck = time.monotonic()
+    for pid in victims:
+        end(pid)
+    subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+    return struck

@@ -1,0 +1,218 @@
+"""The day-two verbs on the running stack. They take minutes, because the engine starts again: `make test-long`."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.stack.appliance import REPOSITORY, STANDIN, Appliance
+from tests.stack.edge import Edge
+from tests.stack.load import Load
+from tests.stack.proof import ledger_difference
+from tests.stack.waiting import until
+
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.long]
+
+
+def make(appliance: Appliance, verb: str, state: Path, repository: Path = REPOSITORY, **settings: str) -> str:
+    """A verb as `make` runs it, on this appliance, with a state folder of its own; its output, whatever its status."""
+    done = subprocess.run(
+        [STANDIN, "exec", repository / "scripts" / verb],
+        env={**os.environ, **appliance.settings, "MODE": "cpu", "APPLIANCE_STATE": str(state), **settings},
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    return f"{done.stdout}{done.stderr}status {done.returncode}"
+
+
+def known(appliance: Appliance, secret: object) -> int:
+    """The status that a key gets."""
+    return Edge("127.0.0.1", appliance.edge.port, str(secret)).call("GET", "/v1/models").status
+
+
+def test_backup_under_load_and_restore(appliance: Appliance, tmp_path: Path) -> None:
+    before = appliance.create_key("before-backup")
+    target = tmp_path / "backup.tar"
+    with Load(appliance.edge) as load:
+        until("load is answered", lambda: len(load.whole_since(0)) >= 3, 60)
+        told = make(appliance, "backup", tmp_path, TO=str(target))
+        assert told.endswith("status 0"), told
+    assert ledger_difference(appliance, load.calls) == 0
+    after = appliance.create_key("after-backup")
+    assert (known(appliance, before["secret"]), known(appliance, after["secret"])) == (200, 200)
+
+    told = make(appliance, "restore", tmp_path, FROM=str(target))
+
+    assert told.endswith("status 0"), told
+    until("a call would be admitted", appliance.edge.ready, 300)
+    assert (known(appliance, before["secret"]), known(appliance, after["secret"])) == (200, 401)
+    assert appliance.edge.chat().text.find("Paris") > 0
+
+
+def test_rotated_secrets_are_in_use_and_the_old_ones_are_not(appliance: Appliance, tmp_path: Path) -> None:
+    read = "from pathlib import Path\nfor p in sorted(Path('/run/secrets').iterdir()): print(p.name, p.read_text())"
+    old = appliance.exec("gateway", "python3", "-c", read)
+    admin = dict(line.split(" ") for line in old.split("\n") if line)["gateway_admin_key"]
+
+    told = make(appliance, "rotate-secrets", tmp_path)
+
+    assert told.endswith("status 0"), told
+    until("a call would be admitted", appliance.edge.ready, 300)
+    new = appliance.exec("gateway", "python3", "-c", read)
+    assert {line.split(" ")[0] for line in new.split("\n")} == {line.split(" ")[0] for line in old.split("\n")}
+    assert not set(old.split("\n")) & set(new.split("\n")) - {""}
+    ask = f"import urllib.request as u\nr = u.Request('http://127.0.0.1:8080/admin/keys', headers={{'Authorization': 'Bearer {admin}'}})\ntry: print(u.urlopen(r).status)\nexcept u.HTTPError as e: print(e.code)"
+    assert (
+        appliance.exec(
+            "gateway", "python3", "-c", ask.replace("u.HTTPError", "__import__('urllib.error').error.HTTPError")
+        ).strip()
+        == "401"
+    )
+    assert appliance.edge.chat().status == 200
+    for secret in (line.split(" ")[1] for line in (old + new).split("\n") if line):
+        assert secret not in appliance.logs()
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A clone of this checkout as committed; tests commit the next version there."""
+    folder = tmp_path / "release"
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(folder)], check=True)
+    for name, value in (("user.name", "test"), ("user.email", "test@example.org")):
+        subprocess.run(["git", "-C", str(folder), "config", name, value], check=True)
+    return folder
+
+
+def commit(folder: Path, message: str) -> None:
+    """The next version."""
+    subprocess.run(["git", "-C", str(folder), "commit", "--quiet", "--all", "--message", message], check=True)
+
+
+def running_gateway(appliance: Appliance) -> str:
+    """What the gateway's image says of its version."""
+    return appliance.exec(
+        "gateway", "python3", "-c", "import gateway; print(getattr(gateway, 'RELEASE', 'old'))"
+    ).strip()
+
+
+def test_upgrade_and_back_with_data(appliance: Appliance, release: Path, tmp_path: Path) -> None:
+    files = {"commit": "HEAD~1", "files": ["compose.yaml", "compose.cpu.yaml"]}
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "deployed.json").write_text(json.dumps(files))
+    init = release / "services/gateway/src/gateway/__init__.py"
+    init.write_text(init.read_text() + '\nRELEASE = "new"\n')
+    commit(release, "The next release")
+    key = appliance.create_key("from-before")
+
+    told = make(appliance, "upgrade", state, release)
+    assert told.endswith("status 0"), told
+    assert running_gateway(appliance) == "new"
+    until("a call would be admitted", appliance.edge.ready, 300)
+    assert known(appliance, key["secret"]) == 200
+    during = appliance.create_key("from-between")
+
+    told = make(appliance, "upgrade", state, release, BACK="1")
+    assert told.endswith("status 0"), told
+    assert running_gateway(appliance) == "old"
+    until("a call would be admitted", appliance.edge.ready, 300)
+    assert (known(appliance, key["secret"]), known(appliance, during["secret"])) == (200, 200)
+
+
+def test_a_release_that_does_not_start_is_taken_back(appliance: Appliance, release: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "deployed.json").write_text(
+        json.dumps({"commit": "HEAD~1", "files": ["compose.yaml", "compose.cpu.yaml"]})
+    )
+    main = release / "services/gateway/src/gateway/__main__.py"
+    main.write_text('raise SystemExit("broken release")\n')
+    commit(release, "A broken release")
+
+    told = make(appliance, "upgrade", state, release)
+
+    assert told.endswith("status 1"), told
+    assert "serves again" in told
+    until("a call would be admitted", appliance.edge.ready, 300)
+    assert appliance.edge.chat().status == 200
+
+
+@pytest.fixture
+def island(docker: list[str], tmp_path: Path) -> Iterator[Appliance]:
+    """A machine without any network: its own Docker Engine in a network namespace that holds nothing but itself."""
+    cache = tmp_path / "docker"
+    cache.mkdir()
+    engine = subprocess.run(
+        ["bash", "-c", '. scripts/standin/cache.sh; printf %s "$cache"'],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in ("tools", "config"):
+        (cache / name).symlink_to(Path(engine) / name)
+    environment = {**os.environ, "APPLIANCE_CACHE": str(cache)}
+    script = f"ip link set lo up; exec {STANDIN} start"
+    log = (tmp_path / "start.log").open("w")
+    subprocess.run(
+        ["unshare", "--net", "sh", "-c", script], env=environment, check=True, timeout=120, stdout=log, stderr=log
+    )
+    one = Appliance(left_out=docker, settings={"APPLIANCE_CACHE": str(cache)})
+    yield one
+    subprocess.run([STANDIN, "stop"], env=environment, check=True, timeout=300)
+    shutil.rmtree(cache)
+
+
+def test_an_appliance_starts_from_a_bundle_without_any_network(
+    appliance: Appliance, island: Appliance, tmp_path: Path
+) -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("a bundle holds the checkout as committed; this is no git checkout")
+    medium = tmp_path / "medium"
+    wanted = " ".join(name for name in appliance.services())
+    told = make(appliance, "bundle", tmp_path, TO=str(medium), SERVICES=wanted)
+    assert told.endswith("status 0"), told
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=medium, check=True)
+
+    told = make(island, "load", tmp_path, FROM=str(medium), APPLIANCE_PREFIX="appliance-proof")
+    assert told.endswith("status 0"), told
+    island.compose("up", "--detach", "--no-build", "--pull", "never", *appliance.services(), seconds=900)
+    daemon = island.run("bash", "-c", '. scripts/standin/cache.sh; cat "$runtime/docker.pid"').strip()
+
+    def inside(*words: str) -> str:
+        address = f"https://127.0.0.1:{island.settings['HTTPS_PORT']}"
+        command = [
+            "nsenter",
+            "--net",
+            "--target",
+            daemon,
+            "curl",
+            "-sk",
+            "--max-time",
+            "120",
+            address + words[0],
+            *words[1:],
+        ]
+        return subprocess.run(command, capture_output=True, text=True).stdout
+
+    until("a call would be admitted", lambda: '"ready"' in inside("/ready", "-f"), 600)
+    key = island.create_key("island")["secret"]
+    body = {"model": "SmolLM2-135M-Instruct", "temperature": 0, "max_tokens": 32}
+    body["messages"] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    answer = inside("/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "--json", json.dumps(body))
+    assert "The capital of France is Paris." in answer
+
+
+def test_a_damaged_bundle_is_not_loaded(tmp_path: Path, appliance: Appliance) -> None:
+    medium = tmp_path / "medium"
+    medium.mkdir()
+    (medium / "images.tar").write_text("not what was promised")
+    (medium / "SHA256SUMS").write_text(f"{'0' * 64}  images.tar\n")
+    told = make(appliance, "load", tmp_path, FROM=str(medium))
+    assert told.endswith("status 1")
+    assert "missing or damaged" in told

@@ -1,0 +1,444 @@
+"""May this caller spend this much: every limit, all or none, and holds that neither leak nor run dry."""
+
+import asyncio
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+from tests.doubles.stages import SECRET, Clock, stages
+
+from gateway.call import Outcome
+from gateway.errors import (
+    ConcurrencyExceeded,
+    GatewayError,
+    InvalidApiKey,
+    KeyDisabled,
+    LedgerUnavailable,
+    QuotaExhausted,
+    RateLimitExceeded,
+)
+from gateway.store import accounts
+
+
+async def settle_down(turns: int = 5) -> None:
+    """Let tasks that can run do so."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+async def waiting(made, count: int) -> None:
+    """Wait until `count` calls wait for others' holds."""
+    async with asyncio.timeout(5):
+        while made.budget.waiting != count:
+            await asyncio.sleep(0.001)
+
+
+async def test_concurrency_is_taken_and_given_back(tmp_path):
+    async with stages(tmp_path, DEFAULT_CONCURRENCY=2) as made:
+        calls = [made.call() for _ in range(3)]
+        assert await made.budget.hold(calls[0])
+        assert await made.budget.hold(calls[1])
+        with pytest.raises(ConcurrencyExceeded) as refusal:
+            await made.budget.hold(calls[2])
+        assert refusal.value.retry_after >= 1
+        await made.end(calls[0])
+        made.close(calls[0])  # a second time changes nothing
+        assert await made.budget.hold(calls[2])
+        with pytest.raises(ConcurrencyExceeded):
+            await made.budget.hold(made.call())
+
+
+async def test_a_refused_call_takes_nothing_from_any_limit(tmp_path):
+    clock = Clock()
+    async with stages(
+        tmp_path,
+        clock=clock,
+        DEFAULT_REQUESTS_PER_MINUTE=2,
+        DEFAULT_TOKENS_PER_MINUTE=1000,
+        DEFAULT_CONCURRENCY=1,
+        DEFAULT_DAILY_TOKENS=10_000,
+        IP_REQUESTS_PER_MINUTE=100,
+    ) as made:
+        first = made.call()
+        await made.budget.hold(first)
+        before = made.budget.headers(first)
+        for _ in range(20):
+            refused = made.call()
+            with pytest.raises(ConcurrencyExceeded):
+                await made.budget.hold(refused)
+            made.close(refused)
+        assert made.budget.headers(first) == before
+        await made.end(first)
+        second = made.call()
+        assert await made.budget.hold(second)  # the second of two requests a minute is still there
+        made.close(second)
+        with pytest.raises(RateLimitExceeded) as refusal:
+            await made.budget.hold(made.call())
+        assert refusal.value.limit == "requests_per_minute"
+        assert refusal.value.retry_after == pytest.approx(30.0)
+        clock.now += refusal.value.retry_after
+        assert await made.budget.hold(made.call())
+
+
+async def test_rate_limit_of_an_address_holds_over_keys(tmp_path):
+    async with stages(tmp_path, clock=Clock(), IP_REQUESTS_PER_MINUTE=1) as made:
+        assert await made.budget.hold(made.call(ip="192.0.2.1"))
+        with pytest.raises(RateLimitExceeded) as refusal:
+            await made.budget.hold(made.call(ip="192.0.2.1"))
+        assert refusal.value.limit == "ip_requests_per_minute"
+        assert await made.budget.hold(made.call(ip="192.0.2.2"))
+
+
+async def test_tokens_a_minute_are_charged_as_used(tmp_path):
+    clock = Clock()
+    async with stages(tmp_path, clock=clock, DEFAULT_TOKENS_PER_MINUTE=1000) as made:
+        for _ in range(4):  # 900 are estimated each time, 25 are used
+            call = made.call(prompt=400, output=800)
+            await made.budget.hold(call)
+            await made.end(call, 10, 15)
+        call = made.call(prompt=400, output=800)
+        assert await made.budget.hold(call)  # 100 used, 900 wanted of 1000
+        with pytest.raises(RateLimitExceeded) as refusal:
+            await made.budget.hold(made.call(prompt=40, output=90))
+        assert refusal.value.limit == "tokens_per_minute"
+        assert refusal.value.retry_after == pytest.approx(6.0)
+        await made.end(call, 10, 15)
+        assert await made.budget.hold(made.call(prompt=40, output=90))  # the estimate was given back
+
+
+async def test_a_larger_use_than_estimated_is_paid_by_waiting(tmp_path):
+    clock = Clock()
+    async with stages(tmp_path, clock=clock, DEFAULT_TOKENS_PER_MINUTE=600) as made:
+        call = made.call(prompt=40, output=10)
+        await made.budget.hold(call)
+        await made.end(call, 300, 900)  # twice the minute
+        with pytest.raises(RateLimitExceeded) as refusal:
+            await made.budget.hold(made.call(prompt=40, output=10))
+        assert refusal.value.retry_after == pytest.approx(62.0)  # the debt of a minute, and 20 tokens
+
+
+async def test_the_settled_sum_never_exceeds_the_quota_and_most_of_it_is_usable(tmp_path):
+    """200 clients at once on one key: each call may use all that it holds."""
+    quota = 10_000
+    async with stages(tmp_path, DEFAULT_DAILY_TOKENS=quota, QUEUE_CALLS=500) as made:
+        settled = 0
+        advice: set[str] = set()
+
+        async def client(number: int) -> None:
+            nonlocal settled
+            while True:
+                call = made.call(prompt=60, output=40 + number % 50)
+                try:
+                    await made.budget.hold(call)
+                except QuotaExhausted as refusal:
+                    advice.add(refusal.headers()["x-should-retry"])
+                    made.close(call)
+                    return
+                await settle_down(number % 7)
+                output = call.request.output_limit or call.request.max_output
+                await made.end(call, 30 + number % 31, output)
+                settled += call.usage.total
+
+        await asyncio.gather(*(client(number) for number in range(200)))
+        assert 9_000 <= settled <= quota
+        assert advice == {"false"}
+        day = made.budget.account(made.call().caller.key_id).day(made.budget.days.today())
+        assert (day.used, day.held) == (settled, 0)
+        assert made.rows("SELECT SUM(prompt_tokens + completion_tokens) FROM usage_records")[0][0] == settled
+        assert made.rows("SELECT COUNT(*) FROM holds")[0][0] == 0
+        assert made.budget.live == {}
+
+
+async def test_near_the_end_of_the_day_the_output_is_limited_to_what_is_left(tmp_path):
+    async with stages(tmp_path, DEFAULT_DAILY_TOKENS=1000) as made:
+        call = made.call(prompt=100, output=700)
+        await made.budget.hold(call)
+        assert call.request.output_limit is None  # what the caller asked for is right
+        await made.end(call, 100, 700)
+        call = made.call(prompt=100, output=700)
+        await made.budget.hold(call)
+        assert call.request.output_limit == 100
+        assert call.hold.tokens == 200
+        await made.end(call, 50, 100)
+        call = made.call(prompt=100, output=700)
+        with pytest.raises(QuotaExhausted):  # 50 left, the prompt alone may need 100
+            await made.budget.hold(call)
+
+
+async def test_when_only_holds_stand_in_the_way_calls_wait_in_their_order(tmp_path):
+    async with stages(tmp_path, DEFAULT_DAILY_TOKENS=1000) as made:
+        first = made.call(prompt=100, output=800)
+        await made.budget.hold(first)
+        order: list[int] = []
+
+        async def late(number: int) -> None:
+            call = made.call(prompt=100, output=300)
+            await made.budget.hold(call)
+            order.append(number)
+            await made.end(call)
+
+        tasks = []
+        for number in range(3):
+            tasks.append(asyncio.create_task(late(number)))
+            await waiting(made, number + 1)
+        small = made.call(prompt=10, output=10)  # would fit, but nobody overtakes
+        overtaking = asyncio.create_task(made.budget.hold(small))
+        await waiting(made, 4)
+        await made.end(first, 50, 50)
+        await asyncio.gather(*tasks, overtaking)
+        assert order == [0, 1, 2]
+        made.close(small)
+        assert made.budget.waiting == 0
+
+
+async def test_a_wait_ends_with_advice_to_come_back_soon(tmp_path):
+    async with stages(tmp_path, DEFAULT_DAILY_TOKENS=1000, QUEUE_SECONDS=0.05) as made:
+        await made.budget.hold(made.call(prompt=100, output=800))
+        with pytest.raises(RateLimitExceeded) as refusal:
+            await made.budget.hold(made.call(prompt=100, output=300))
+        assert refusal.value.code == "rate_limit_exceeded"
+        assert refusal.value.retry_after <= 2
+        assert "x-should-retry" not in refusal.value.headers()
+        assert made.budget.waiting == 0
+
+
+async def test_a_waiting_call_that_is_cancelled_leaves_the_line(tmp_path):
+    async with stages(tmp_path, DEFAULT_DAILY_TOKENS=1000) as made:
+        first = made.call(prompt=100, output=800)
+        await made.budget.hold(first)
+        gone = asyncio.create_task(made.budget.hold(made.call(prompt=100, output=600)))
+        await waiting(made, 1)
+        stays = made.call(prompt=100, output=300)
+        task = asyncio.create_task(made.budget.hold(stays))
+        await waiting(made, 2)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        await made.end(first)
+        assert await task
+        assert made.budget.waiting == 0
+
+
+async def test_cancelled_while_the_hold_is_written_gives_everything_back(tmp_path):
+    async with stages(tmp_path, DEFAULT_CONCURRENCY=1, DEFAULT_DAILY_TOKENS=1000) as made:
+        call = made.call()
+        task = asyncio.create_task(made.budget.hold(call))
+        await asyncio.sleep(0)  # taken, and on its way to the disk
+        assert call.hold is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        call.outcome = Outcome.CANCELLED
+        made.close(call)
+        again = made.call()
+        assert await made.budget.hold(again)
+        await made.end(again)
+        assert made.rows("SELECT COUNT(*) FROM holds") == [(0,)]
+        assert [row[0] for row in made.rows("SELECT outcome FROM usage_records ORDER BY id")] == ["cancelled", "ok"]
+
+
+async def test_an_organisations_quota_holds_over_its_keys(tmp_path):
+    async with stages(tmp_path) as made:
+        secrets = []
+        for name in ("a", "b"):
+            _, secret = await made.store.change(
+                lambda db, name=name: accounts.create(db, {"name": name, "organisation": "lab"}, "test")
+            )
+            secrets.append(secret)
+        await made.store.change(lambda db: accounts.set_organisation(db, "lab", 1000, "test"))
+        first = made.call(secret=secrets[0], prompt=100, output=700)
+        await made.budget.hold(first)
+        await made.end(first, 100, 700)
+        other = made.call(secret=secrets[1], prompt=100, output=700)
+        await made.budget.hold(other)
+        assert other.request.output_limit == 100
+        await made.end(other, 100, 100)
+        with pytest.raises(QuotaExhausted) as refusal:
+            await made.budget.hold(made.call(secret=secrets[1]))
+        assert refusal.value.limit == "organisation_daily_tokens"
+        assert await made.budget.hold(made.call(secret=SECRET))  # of no organisation
+
+
+async def test_a_new_day_begins_at_midnight_of_the_quotas_time_zone(tmp_path):
+    zone = ZoneInfo("Europe/Berlin")
+    clock = Clock(datetime(2026, 3, 29, 23, 59, 30, tzinfo=zone).timestamp())  # a day of 23 hours
+    async with stages(tmp_path, clock=clock, DEFAULT_DAILY_TOKENS=1000, QUOTA_TIMEZONE="Europe/Berlin") as made:
+        assert made.budget.days.today() == "2026-03-29"
+        running = made.call(prompt=400, output=300)
+        await made.budget.hold(running)
+        done = made.call(prompt=100, output=200)
+        await made.budget.hold(done)
+        await made.end(done, 100, 200)
+        with pytest.raises(QuotaExhausted) as refusal:
+            await made.budget.hold(made.call(prompt=800, output=100))
+        assert refusal.value.retry_after == pytest.approx(30.0)
+        clock.now += 30
+        assert made.budget.days.today() == "2026-03-30"
+        fresh = made.call(prompt=800, output=100)
+        assert await made.budget.hold(fresh)
+        await made.end(running, 400, 300)  # began yesterday, counts yesterday
+        await made.end(fresh, 800, 100)
+        days = made.rows(
+            "SELECT day, SUM(prompt_tokens + completion_tokens) FROM daily_totals GROUP BY day ORDER BY day"
+        )
+        assert days == [("2026-03-29", 1000), ("2026-03-30", 900)]
+
+
+async def test_a_call_that_waits_over_midnight_is_admitted_by_the_new_day(tmp_path):
+    clock = Clock(datetime(2026, 5, 1, 23, 59, 59, tzinfo=ZoneInfo("UTC")).timestamp())
+    async with stages(tmp_path, clock=clock, DEFAULT_DAILY_TOKENS=1000) as made:
+        await made.budget.hold(made.call(prompt=100, output=800))
+        late = made.call(prompt=100, output=800)
+        task = asyncio.create_task(made.budget.hold(late))
+        await waiting(made, 1)
+        clock.now += 2
+        made.budget.tick()
+        assert await task
+        assert late.hold.day == "2026-05-02"
+
+
+async def test_limits_that_change_hold_for_the_next_call(tmp_path):
+    async with stages(tmp_path) as made:
+        call = made.call()
+        key_id = call.caller.key_id
+        await made.budget.hold(call)
+        await made.store.change(lambda db: accounts.change(db, key_id, {"concurrency": 1}, "test"))
+        with pytest.raises(ConcurrencyExceeded):
+            await made.budget.hold(made.call())
+        await made.store.change(lambda db: accounts.change(db, key_id, {"concurrency": 0}, "test"))
+        assert await made.budget.hold(made.call())
+
+
+async def test_a_key_that_was_disabled_or_deleted_meanwhile_is_refused(tmp_path):
+    async with stages(tmp_path) as made:
+        call = made.call()
+        key_id = call.caller.key_id
+        await made.store.change(lambda db: accounts.set_disabled(db, key_id, True, "test"))
+        with pytest.raises(KeyDisabled):
+            await made.budget.hold(call)
+        await made.store.change(lambda db: accounts.delete(db, key_id, "test"))
+        with pytest.raises(InvalidApiKey):
+            await made.budget.hold(call)
+
+
+async def test_disabling_a_key_ends_its_running_and_waiting_calls(tmp_path):
+    async with stages(tmp_path, DEFAULT_DAILY_TOKENS=1000) as made:
+        running = made.call(prompt=100, output=800)
+        await made.budget.hold(running)
+        forever = asyncio.Event()
+        running.task = asyncio.create_task(forever.wait())
+        late = asyncio.create_task(made.budget.hold(made.call(prompt=100, output=300)))
+        await waiting(made, 1)
+        key_id = running.caller.key_id
+        await made.store.change(lambda db: accounts.set_disabled(db, key_id, True, "test"))
+        await asyncio.gather(running.task, return_exceptions=True)
+        assert isinstance(running.cause, KeyDisabled)
+        with pytest.raises(KeyDisabled):
+            await late
+
+
+async def test_an_expiring_key_ends_its_running_calls(tmp_path):
+    clock = Clock()
+    async with stages(tmp_path, clock=clock) as made:
+        call = made.call()
+        key_id, end = call.caller.key_id, clock.now + 5
+        await made.store.change(lambda db: accounts.change(db, key_id, {"expires_at": end}, "test"))
+        await made.budget.hold(call)
+        call.task = asyncio.create_task(asyncio.Event().wait())
+        made.budget.tick()
+        assert call.cause is None
+        clock.now += 5
+        made.budget.tick()
+        await asyncio.gather(call.task, return_exceptions=True)
+        assert isinstance(call.cause, GatewayError)
+        assert call.cause.code == "key_expired"
+
+
+async def test_used_request_ids_are_told_and_take_nothing(tmp_path):
+    async with stages(tmp_path, DEFAULT_REQUESTS_PER_MINUTE=3, DEFAULT_DAILY_TOKENS=1000) as made:
+        first = made.call(request_id="chosen-by-caller")
+        assert await made.budget.hold(first)
+        twin = made.call(request_id="chosen-by-caller-2")
+        twin.request_id = "chosen-by-caller"
+        made.budget.live.pop("chosen-by-caller")  # as after a restart: only the database knows
+        account = made.budget.account(first.caller.key_id)
+        taken = account.live.pop("chosen-by-caller")
+        before = (account.requests_tat, account.day(made.budget.days.today()).held)
+        assert await made.budget.hold(twin) is False
+        assert twin.hold is None
+        assert (account.requests_tat, account.day(made.budget.days.today()).held) == pytest.approx(before)
+        made.budget.live["chosen-by-caller"] = first
+        account.live["chosen-by-caller"] = taken
+        await made.end(first)
+        again = made.call(request_id="chosen-by-caller")
+        assert await made.budget.hold(again) is False
+
+
+async def test_headers_tell_the_tighter_limit(tmp_path):
+    async with stages(
+        tmp_path,
+        clock=Clock(),
+        DEFAULT_REQUESTS_PER_MINUTE=60,
+        DEFAULT_TOKENS_PER_MINUTE=6000,
+        DEFAULT_DAILY_TOKENS=500,
+    ) as made:
+        call = made.call(prompt=100, output=100)
+        await made.budget.hold(call)
+        assert call.limit_headers["x-ratelimit-limit-requests"] == "60"
+        assert call.limit_headers["x-ratelimit-remaining-requests"] == "59"
+        assert call.limit_headers["x-ratelimit-reset-requests"] == "1"
+        assert call.limit_headers["x-ratelimit-limit-tokens"] == "500"
+        assert call.limit_headers["x-ratelimit-remaining-tokens"] == "300"
+
+
+async def test_without_a_healthy_ledger_nothing_is_admitted(tmp_path):
+    async with stages(tmp_path) as made:
+        made.store._writer.healthy = False
+        made.store._writer._next_try = float("inf")
+        with pytest.raises(LedgerUnavailable):
+            await made.budget.hold(made.call())
+        made.store._writer._next_try = 0.0
+
+
+async def test_unmetered_calls_take_requests_but_no_tokens(tmp_path):
+    async with stages(tmp_path, DEFAULT_DAILY_TOKENS=10, DEFAULT_REQUESTS_PER_MINUTE=1) as made:
+        call = made.call(path="/v1/tokenize", prompt=5000, output=None)
+        assert await made.budget.hold(call)
+        assert call.hold.tokens == 0
+        with pytest.raises(RateLimitExceeded):
+            await made.budget.hold(made.call(path="/v1/tokenize"))
+
+
+async def test_a_call_leaves_no_reference_cycle(tmp_path):
+    """Neither an admitted nor a refused call needs the collector to go."""
+    import gc
+    import weakref
+
+    async with stages(tmp_path, DEFAULT_CONCURRENCY=1, DEFAULT_DAILY_TOKENS=500) as made:
+        gc.collect()
+        gc.disable()
+        try:
+            kept = made.call()
+            await made.budget.hold(kept)
+            refused = made.call()
+            watched = weakref.ref(refused.request) if hasattr(refused.request, "__weakref__") else None
+            before = len(gc.get_objects())
+            for _ in range(50):
+                call = made.call()
+                try:
+                    await made.budget.hold(call)
+                except ConcurrencyExceeded as error:
+                    call.error = error
+                made.close(call)
+                call.error = None
+                del call
+            await made.end(kept)
+            for _ in range(50):
+                call = made.call()
+                await made.budget.hold(call)
+                await made.end(call, 1, 1)
+                del call
+            await settle_down()
+            grown = len(gc.get_objects()) - before
+            assert grown < 100, f"{grown} objects stayed after 100 calls"
+            assert watched is None or watched() is not None
+        finally:
+            gc.enable()

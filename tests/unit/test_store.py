@@ -1,0 +1,333 @@
+"""The database itself: forms, owners, damage, keys that come and go, days that pass."""
+
+import asyncio
+import sqlite3
+import time
+
+import pytest
+from tests.doubles.records import record
+from tests.doubles.stages import SECRET, Stages, settings_for, stages
+
+from gateway.errors import InvalidApiKey
+from gateway.keys import KeyNotFound, digest_of
+from gateway.store import Database, Store, StoreLocked, StoreNewer, StoreUnavailable, accounts, batch, migrate, reports
+from gateway.store.schema import MIGRATIONS, TABLES, USAGE_COLUMNS
+
+
+@pytest.fixture
+def database(tmp_path):
+    database = Database(f"sqlite:///{tmp_path}/gateway.sqlite3")
+    with database.session():
+        migrate(database)
+        yield database
+
+
+def test_migrations_run_once_and_make_every_table(database):
+    assert migrate(database) == 0
+    found = {name for (name,) in database.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert found >= {*TABLES, "migrations"}
+    assert [name for (name,) in database.rows("SELECT number FROM migrations")] == list(range(1, len(MIGRATIONS) + 1))
+    columns = [row[1] for row in database.rows("PRAGMA table_info(usage_records)")]
+    assert columns == ["id", *USAGE_COLUMNS]
+
+
+def test_a_database_of_a_newer_gateway_is_left_alone(database):
+    database.run("INSERT INTO migrations (number) VALUES (?)", (len(MIGRATIONS) + 7,))
+    with pytest.raises(StoreNewer, match="newer"):
+        migrate(database)
+
+
+def test_a_failed_transaction_changes_nothing(database):
+    def half() -> None:
+        with database.transaction():
+            database.run("INSERT INTO organisations (name, created_at) VALUES ('x', 0)")
+            database.run("INSERT INTO no_such_table VALUES (1)")
+
+    with pytest.raises(StoreUnavailable):
+        half()
+    assert database.rows("SELECT * FROM organisations") == []
+
+
+def test_commits_reach_the_disk(database):
+    assert database.rows("PRAGMA journal_mode") == [("wal",)]
+    assert database.rows("PRAGMA synchronous") == [(2,)]
+    database.durable(False)
+    assert database.rows("PRAGMA synchronous") == [(1,)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 65, 149, 512])
+def test_groups_of_every_size_are_written_whole(database, count):
+    records = [record(f"r{number}", key_id=f"key_{number % 3}") for number in range(count)]
+    assert batch.write(database, batch.Group(records=records)) == count
+    assert batch.write(database, batch.Group(records=[*records, record("new")])) == 1
+    assert database.rows("SELECT COUNT(*), SUM(prompt_tokens) FROM usage_records") == [(count + 1, count + 1)]
+    assert database.rows("SELECT SUM(prompt_tokens), SUM(requests) FROM daily_totals") == [(count + 1, count + 1)]
+
+
+def test_totals_equal_the_records(database):
+    records = [
+        record(f"r{n}", day=f"2026-01-0{n % 3 + 1}", model="ab"[n % 2], outcome=("ok", "refused", "failed")[n % 3])
+        for n in range(100)
+    ]
+    batch.write(database, batch.Group(records=[*records[:60], *records[40:]]))
+    sums = "SUM(prompt_tokens), SUM(completion_tokens), {} FROM {} GROUP BY day, model ORDER BY day, model"
+    counted = database.rows("SELECT day, model, " + sums.format("SUM(outcome != 'refused')", "usage_records"))
+    assert counted == database.rows("SELECT day, model, " + sums.format("SUM(requests)", "daily_totals"))
+
+
+async def test_a_second_gateway_is_turned_away_and_the_first_goes_on(tmp_path):
+    async with stages(tmp_path) as made:
+        second = Stages(settings_for(tmp_path))
+        with pytest.raises(StoreLocked):
+            await second.start()
+        call = made.call()
+        await made.budget.hold(call)
+        await made.end(call)
+    async with stages(tmp_path):
+        pass  # given up at the end, so the next one may
+
+
+async def test_a_folder_that_is_missing_is_told(tmp_path):
+    with pytest.raises(StoreUnavailable, match="does not exist"):
+        await Stages(settings_for(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/none/g.sqlite3")).start()
+
+
+async def test_a_change_by_another_process_is_noticed_at_once(tmp_path):
+    async with stages(tmp_path) as made:
+        other = Database(made.settings.database_url)
+
+        def change():
+            with other.session():
+                return accounts.create(other, {"name": "cli"}, "test")
+
+        key, secret = await asyncio.to_thread(change)
+        began = time.monotonic()
+        while made.keyring.find(digest_of(secret)) is None:
+            assert time.monotonic() - began < 2, "the new key was not noticed"
+            await asyncio.sleep(0.005)
+        assert made.call(secret=secret).caller.key_id == key.id
+
+
+async def test_a_change_through_the_store_holds_when_it_returns(tmp_path):
+    async with stages(tmp_path) as made:
+        key, secret = await made.store.change(lambda db: accounts.create(db, {"name": "new"}, "test"))
+        assert made.call(secret=secret).caller.name == "new"
+        await made.store.change(lambda db: accounts.delete(db, key.id, "test"))
+        with pytest.raises(InvalidApiKey):
+            made.call(secret=secret)
+
+
+async def test_rotation_with_and_without_grace(tmp_path):
+    async with stages(tmp_path) as made:
+        key, old = await made.store.change(lambda db: accounts.create(db, {"name": "new"}, "test"))
+        new = await made.store.change(lambda db: accounts.rotate(db, key.id, 3600, "test"))
+        assert made.call(secret=old).caller == made.call(secret=new).caller
+        newest = await made.store.change(lambda db: accounts.rotate(db, key.id, 0, "test"))
+        for gone in (old, new):
+            with pytest.raises(InvalidApiKey):
+                made.call(secret=gone)
+        assert made.call(secret=newest).caller.key_id == key.id
+
+
+async def test_every_change_leaves_an_audit_row_and_no_secret_stays_readable(tmp_path):
+    async with stages(tmp_path) as made:
+        key, first = await made.store.change(lambda db: accounts.create(db, {"name": "n", "daily_tokens": 5}, "ann"))
+        second = await made.store.change(lambda db: accounts.rotate(db, key.id, 0, "ann"))
+        for work in (
+            lambda db: accounts.change(db, key.id, {"weight": 2}, "ann"),
+            lambda db: accounts.set_disabled(db, key.id, True, "ann"),
+            lambda db: accounts.set_disabled(db, key.id, False, "ann"),
+            lambda db: accounts.set_organisation(db, "lab", 10, "ann"),
+            lambda db: accounts.delete(db, key.id, "ann"),
+        ):
+            await made.store.change(work)
+        rows = await made.store.read(reports.audit)
+        assert [row["action"] for row in reversed(rows)] == [
+            "key_created", "key_created", "key_rotated", "key_changed", "key_disabled", "key_enabled",
+            "organisation_changed", "key_deleted",
+        ]  # fmt: skip
+        assert {row["actor"] for row in rows} == {"environment", "ann"}
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    for secret in (first, second, SECRET):
+        assert secret.encode() not in content
+
+
+def test_unknown_keys_are_not_found(database):
+    for work in (
+        lambda: accounts.key(database, "key_x"),
+        lambda: accounts.change(database, "key_x", {"weight": 1}, "test"),
+        lambda: accounts.rotate(database, "key_x", 0, "test"),
+        lambda: accounts.delete(database, "key_x", "test"),
+    ):
+        with pytest.raises(KeyNotFound):
+            work()
+    assert accounts.generation(database) == 0
+
+
+class TestSeeding:
+    """GATEWAY_API_KEYS."""
+
+    def valid(self, database) -> dict[str, str]:
+        """Valid secrets' key names by secret."""
+        secrets = ("alpha-secret", "beta-secret", "gamma-secret")
+        found = {}
+        for secret in secrets:
+            rows = database.rows(
+                "SELECT k.name FROM key_secrets s JOIN keys k ON k.id = s.key_id WHERE s.digest = ? AND "
+                "s.not_after IS NULL AND k.deleted_at IS NULL",
+                (digest_of(secret),),
+            )
+            if rows:
+                found[secret] = rows[0][0]
+        return found
+
+    def test_they_exist_and_only_once(self, database):
+        accounts.seed(database, "a=alpha-secret, beta-secret ,,")
+        assert self.valid(database) == {"alpha-secret": "a", "beta-secret": "environment-2"}
+        ids = [key.id for key in accounts.keys(database)]
+        generation = accounts.generation(database)
+        accounts.seed(database, "beta-secret,a=alpha-secret")
+        assert [key.id for key in accounts.keys(database)] == ids
+        assert accounts.generation(database) == generation
+
+    def test_what_left_the_variable_is_revoked_and_may_come_back(self, database):
+        accounts.seed(database, "a=alpha-secret,b=beta-secret")
+        accounts.seed(database, "a=alpha-secret")
+        assert self.valid(database) == {"alpha-secret": "a"}
+        accounts.seed(database, None)
+        assert self.valid(database) == {}
+        accounts.seed(database, "a=alpha-secret,b=beta-secret")
+        assert self.valid(database) == {"alpha-secret": "a", "beta-secret": "b"}
+        assert len(accounts.keys(database)) == 2
+
+    def test_a_new_secret_of_a_named_key_keeps_its_id(self, database):
+        accounts.seed(database, "a=alpha-secret")
+        before = accounts.keys(database)[0].id
+        accounts.seed(database, "a=gamma-secret")
+        assert self.valid(database) == {"gamma-secret": "a"}
+        assert [key.id for key in accounts.keys(database)] == [before]
+
+    def test_what_an_operator_decided_stays(self, database):
+        accounts.seed(database, "a=alpha-secret,b=beta-secret")
+        a, b = accounts.keys(database)
+        accounts.set_disabled(database, a.id, True, "test")
+        accounts.delete(database, b.id, "test")
+        done = accounts.seed(database, "a=alpha-secret,b=beta-secret")
+        assert done["deleted"] == 1
+        assert [(key.name, key.disabled) for key in accounts.keys(database)] == [("a", True)]
+        assert self.valid(database) == {"alpha-secret": "a"}
+
+    def test_a_key_made_by_an_operator_is_not_touched(self, database):
+        key, _ = accounts.create(database, {"name": "made"}, "test")
+        accounts.seed(database, "a=alpha-secret")
+        accounts.seed(database, None)
+        assert [(k.id, k.disabled) for k in accounts.keys(database) if k.name == "made"] == [(key.id, False)]
+
+
+def fill(path, calls: int) -> None:
+    """A database with keys and records, closed."""
+    database = Database(f"sqlite:///{path}")
+    with database.session():
+        migrate(database)
+        accounts.seed(database, f"team={SECRET}")
+        for start in range(0, calls, 500):
+            batch.write(database, batch.Group(records=[record(f"r{start + n}") for n in range(500)]))
+        database.run("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+async def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(tmp_path):
+    path = tmp_path / "gateway.sqlite3"
+    fill(path, 2000)
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # pages in the middle, where the ledger is
+        file.seek(size // 2)
+        file.write(b"\xde\xad" * 8192)
+    damaged = path.read_bytes()
+    async with stages(tmp_path) as made:
+        assert made.started.damaged is not None
+        aside = tmp_path / made.started.damaged
+        assert aside.read_bytes() == damaged
+        assert made.call().caller.name == "team"  # the keys are there
+        assert made.rows("SELECT SUM(requests) FROM daily_totals") == [(2000,)]
+        kept = made.rows("SELECT COUNT(*) FROM usage_records")[0][0]
+        assert 0 < kept < 2000
+        audit = await made.store.read(reports.audit)
+        assert audit[0]["action"] == "database_damaged"
+        call = made.call()
+        await made.budget.hold(call)
+        await made.end(call)
+    async with stages(tmp_path) as made:
+        assert made.started.damaged is None
+
+
+async def test_a_file_that_is_no_database_is_set_aside(tmp_path):
+    path = tmp_path / "gateway.sqlite3"
+    path.write_bytes(b"this is not a database" * 1000)
+    async with stages(tmp_path) as made:
+        assert made.started.damaged is not None
+        assert (tmp_path / made.started.damaged).read_bytes().startswith(b"this is not")
+        assert made.call().caller.name == "team"
+
+
+async def test_a_locked_or_healthy_file_is_never_set_aside(tmp_path):
+    path = tmp_path / "gateway.sqlite3"
+    fill(path, 500)
+    lock = sqlite3.connect(path, isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    made = Stages(settings_for(tmp_path))
+    with pytest.raises(StoreUnavailable):
+        await made.start()
+    lock.execute("ROLLBACK")
+    lock.close()
+    async with stages(tmp_path) as again:
+        assert again.started.damaged is None
+    assert [p.name for p in tmp_path.iterdir() if "damaged" in p.name] == []
+
+
+def test_old_records_go_and_totals_stay(database):
+    old = time.time() - 100 * 86_400
+    records = [record(f"old{n}", started_at=old) for n in range(700)] + [record(f"new{n}") for n in range(10)]
+    batch.write(database, batch.Group(records=records))
+    before = time.time() - 90 * 86_400
+    assert [reports.forget(database, before) for _ in range(3)] == [500, 200, 0]
+    assert database.rows("SELECT COUNT(*) FROM usage_records") == [(10,)]
+    assert database.rows("SELECT requests FROM daily_totals") == [(710,)]
+
+
+async def test_retention_runs_by_itself(tmp_path):
+    async with stages(tmp_path, USAGE_RETENTION_DAYS=1) as made:
+        old = time.time() - 2 * 86_400
+        for number in range(3):
+            await made.store.settle(record(f"r{number}", started_at=old))
+        made.store._next_sweep = 0.0
+        began = time.monotonic()
+        while made.rows("SELECT COUNT(*) FROM usage_records") != [(0,)]:
+            assert time.monotonic() - began < 5, "old records stayed"
+            await asyncio.sleep(0.02)
+
+
+async def test_energy_adds_up(tmp_path):
+    async with stages(tmp_path) as made:
+        made.store.add_energy([("2026-01-01", "key_1", 1.5), ("2026-01-01", "key_1", 2.0)])
+        made.store.add_energy([("2026-01-01", "key_1", 0.25), ("2026-01-02", "key_2", 9.0)])
+        await made.store.settle(record("r1"))
+        assert made.rows("SELECT * FROM daily_energy ORDER BY day") == [
+            ("2026-01-01", "key_1", 3.75), ("2026-01-02", "key_2", 9.0)
+        ]  # fmt: skip
+
+
+def test_the_store_needs_no_loop_to_be_made(tmp_path):
+    assert not Store(settings_for(tmp_path), lambda changes: None).healthy
+
+
+def test_two_holds_of_one_id_in_one_group_are_both_refused(database):
+    rows = [
+        (name, "k", None, "m", "e", 1, "2026-01-01", 0, 0.0, 9e9, None, 0, 0, 0) for name in ("twin", "one", "twin")
+    ]
+    group = batch.Group(holds=rows)
+    batch.write(database, group)
+    assert group.known == {"twin"}
+    assert database.rows("SELECT request_id FROM holds") == [("one",)]
+    again = batch.Group(holds=[rows[1]])
+    batch.write(database, again)
+    assert again.known == {"one"}
