@@ -97,13 +97,16 @@ class Stack:
             dead = [name for name in waiting if containers[name]["State"] in {"exited", "dead"}]
             if dead:
                 raise ComposeError(f"{dead[0]} ended:\n{self.ask('logs', '--tail', '15', dead[0]).stdout}")
-            now = f"waiting for {', '.join(sorted(waiting))}; engine: {self._engine_status()}"
+            engine = self._engine_status()
+            if engine.startswith("failed"):
+                raise ComposeError(f"the engine {engine}\n{self.ask('logs', '--tail', '15', 'vllm').stdout}")
+            now = f"waiting for {', '.join(sorted(waiting))}; engine: {engine}"
             if now != shown or time.monotonic() - told_at > 30:
                 say(f"{elapsed:4.0f} s  {now}")
                 shown, told_at = now, time.monotonic()
             if elapsed > seconds:
                 raise ComposeError(f"not healthy after {elapsed:.0f} s (UP_SECONDS): {', '.join(sorted(waiting))}")
-            time.sleep(2)
+            time.sleep(1)
 
     def _engine_status(self) -> str:
         probe = "import urllib.request as u;print(u.urlopen('http://127.0.0.1:8001/status',timeout=3).read().decode())"

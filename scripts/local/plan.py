@@ -98,6 +98,7 @@ def edge_fields(settings: LocalSettings, run: str) -> dict[str, object]:
         "requests_per_second": edge.requests_per_second,
         "connections": edge.connections,
         "shutdown_seconds": 30,
+        "workers": min(4, os.cpu_count() or 1),
         "hsts": edge.hsts,
     }
 

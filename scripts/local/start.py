@@ -80,13 +80,19 @@ def engine_parts(settings: LocalSettings) -> None:
     }
     if subprocess.run([ROOT / "scripts" / "engine-cpu"], env=environment, check=False).returncode != 0:
         raise StartError("the engine could not be made ready (its reason stands above)")
-    if not settings.embedded:
+    if not settings.embedded and not model_is_here(settings):
         fetching = plan.engine_environment(settings)
         token = settings.environment.get("HF_TOKEN", "").strip()
         fetching |= {"HF_TOKEN": token} if token else {}
         done = subprocess.run([plan.BIN / "engine", "fetch", settings.model], env=fetching, check=False)
         if done.returncode != 0:
             raise StartError(f"the model {settings.model} could not be fetched (its reason stands above)")
+
+
+def model_is_here(settings: LocalSettings) -> bool:
+    """Whether the model is a folder: by its path, or under the models' folder."""
+    folders = (Path(settings.model).expanduser(), plan.models(settings) / settings.model)
+    return any((folder / "config.json").is_file() for folder in folders)
 
 
 def edge_files(settings: LocalSettings, kept: Plan) -> None:

@@ -16,3 +16,11 @@ use_private_docker() {
     export PATH=$tools/usr/bin:$tools/usr/sbin:$PATH DOCKER_HOST=unix://$socket DOCKER_CONFIG=$cache/config
 }
 answers() { docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
+# Where this machine gets its own Debian packages, for its own release; DEBIAN_MIRROR names another.
+debian_mirror() { # codename
+    local site=${DEBIAN_MIRROR:-}
+    [ -n "$site" ] || site=$(apt-get indextargets --format '$(SITE) $(RELEASE)' 'Created-By: Packages' 2>/dev/null |
+        awk -v release="$1" '$2 == release && $1 ~ /^http/ {print $1; exit}')
+    [ -n "$site" ] || cannot "apt knows no Debian mirror for $1; name one with DEBIAN_MIRROR, or install Docker Engine"
+    echo "$site"
+}

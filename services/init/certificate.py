@@ -108,8 +108,10 @@ def self_signed(hosts: tuple[str, ...], now: dt.datetime) -> tuple[bytes, bytes]
         .not_valid_before(now - dt.timedelta(hours=1))  # clocks of clients differ
         .not_valid_after(now + LIFETIME)
         .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in _names(hosts)]), critical=False)
-        # Trusting this one certificate (--cacert) must work, hence it may sign: itself, and nothing below.
+        # Trusting this one certificate must work in every client, also strict ones, hence it may sign: for its own
+        # names only, so that whoever trusts it trusts nothing else with it.
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.NameConstraints([_subtree(host) for host in _names(hosts)], None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(private.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(private.public_key()), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -155,6 +157,13 @@ def _is_address(host: str) -> bool:
 
 def _general_name(host: str) -> x509.GeneralName:
     return x509.IPAddress(ipaddress.ip_address(host)) if _is_address(host) else x509.DNSName(host)
+
+
+def _subtree(host: str) -> x509.GeneralName:
+    """`host` as what a certificate may be made for: an address as a network of one, a wildcard as its domain."""
+    if _is_address(host):
+        return x509.IPAddress(ipaddress.ip_network(host))
+    return x509.DNSName(host.removeprefix("*."))
 
 
 def _leaf(chain: bytes) -> x509.Certificate:

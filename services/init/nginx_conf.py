@@ -74,6 +74,7 @@ class Edge:
     acme_state: str = "/var/lib/edge-acme"
     acme_directory: str = "https://acme-v02.api.letsencrypt.org/directory"
     foreground: bool = True
+    workers: int = 4  # enough to saturate a gateway; one a core would cost memory on large machines
 
 
 def parse_version(text: str) -> Version:
@@ -102,6 +103,7 @@ def render(edge: Edge, version: Version, openssl: Version | None = None) -> str:
         "modules": "load_module modules/ngx_http_acme_module.so;" if acme else "",
         "daemon": "daemon off;" if edge.foreground else "",
         "run": edge.run,
+        "workers": str(edge.workers),
         "log_level": edge.log_level,
         "access_log": edge.access_log,
         "shutdown_seconds": str(edge.shutdown_seconds),

@@ -61,6 +61,8 @@ def read(environment: Mapping[str, str], https_port: int = 443, http_port: int =
             problems.append(f"LETSENCRYPT_EMAIL: {email!r} is not a mail address")
         if not hosts:
             problems.append("LETSENCRYPT_EMAIL is set but APPLIANCE_HOSTS names no host to get a certificate for")
+        if wild := [host for host in hosts if host.startswith("*.")]:
+            problems.append(f"APPLIANCE_HOSTS: {wild[0]}: no wildcards from Let's Encrypt this way; name the hosts")
     settings = EdgeSettings(
         https_port=number("HTTPS_PORT", https_port, 1, 65535),
         http_port=number("HTTP_PORT", http_port, 1, 65535),

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -IS
 """A `docker` for tests of who calls it: notes each call in $DOCKER_DOUBLE/calls and answers as the files there say.
 
 `fail` holds words; a call that contains one of them ends with 1. `ps` is what `compose ps` prints. Exists as a program
@@ -39,6 +39,8 @@ def main() -> int:
         print(path.read_text() if path.exists() and started and not stopped else "")
     elif "compose cp" in call:
         Path(sys.argv[-1]).write_bytes((folder / "certificate.pem").read_bytes())
+    elif "exec -T vllm" in call and (folder / "engine").exists():
+        print((folder / "engine").read_text())
     for key, answer in ANSWERS.items():
         if key in call:
             print(answer)

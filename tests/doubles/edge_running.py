@@ -26,7 +26,7 @@ NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbi
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed on this machine (apt-get install nginx)")
 
 
-def wait_until(what: str, probe: Callable[[], Value | None], seconds: float = 15) -> Value:
+def wait_until(what: str, probe: Callable[[], Value | None], seconds: float = 40) -> Value:
     """The first true answer of `probe`; fails saying `what` never came true."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:

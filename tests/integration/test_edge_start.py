@@ -76,7 +76,7 @@ def test_it_serves_and_takes_over_a_new_certificate(folder: Path) -> None:
             except httpx.TransportError:
                 return False
 
-        wait_until("the new certificate is served", taken_over, 15)
+        wait_until("the new certificate is served", taken_over)
     finally:
         process.send_signal(signal.SIGQUIT)
         process.wait(10)

@@ -97,6 +97,16 @@ def test_a_service_that_ends_is_named(environment: dict[str, str]) -> None:
     assert calls(environment)[-1].startswith("compose down")
 
 
+def test_an_engine_that_gave_up_ends_the_wait_with_its_reason(environment: dict[str, str]) -> None:
+    double = Path(environment["DOCKER_DOUBLE"])
+    (double / "ps").write_text(container("vllm", "running", "starting"))
+    (double / "engine").write_text(json.dumps({"state": "failed", "reason": "TP_SIZE=2 does not divide 9 heads"}))
+    done = verb(environment, "up")
+    assert done.returncode == 1
+    assert "the engine failed, TP_SIZE=2 does not divide 9 heads" in done.stderr
+    assert calls(environment)[-1].startswith("compose down")
+
+
 def test_one_that_stays_unhealthy_ends_the_wait(environment: dict[str, str]) -> None:
     Path(environment["DOCKER_DOUBLE"], "ps").write_text(container("vllm", "running", "starting"))
     done = verb({**environment, "UP_SECONDS": "1"}, "up")

@@ -2,19 +2,18 @@
 
 import json
 import re
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from grafana import queries
-from tests.doubles.edge_running import Edge, edge, needs_nginx, wait_until
-from tests.doubles.gateway import KEY, GatewayProcess
-from tests.doubles.monitoring import Collector, Prometheus, fetch, gpu_exporter, needs_prometheus, prometheus
+from tests.doubles.edge_running import needs_nginx, wait_until
+from tests.doubles.gateway import KEY
+from tests.doubles.monitored import Monitored, monitored
+from tests.doubles.monitoring import families, needs_prometheus, prometheus
 from tests.doubles.promtail import Promtail
 from tests.doubles.vllm import VllmDouble
 
@@ -32,7 +31,7 @@ WITHOUT = {
     "alertmanager_.*": "of Alertmanager, which has tests of its own",
     "engine:prefix_cache_hits_per_queries:ratio_rate5m": "the double has no prefix cache",
     "engine_.*": "of the engine's supervisor, which runs in tests/engine",
-    "vllm:(admission_rejections|corrupted_requests|prompt_tokens_by_source)_total": ELSEWHERE,
+    "vllm:(admission_rejections|prompt_tokens_by_source)_total": ELSEWHERE,
     "vllm:(time_to_first_token|inter_token_latency|e2e_request_latency)_seconds.*": ELSEWHERE,
     "vllm:request_(queue|prefill|decode)_time_seconds.*": ELSEWHERE,
     "vllm:request_(prompt|generation)_tokens.*": ELSEWHERE,
@@ -56,26 +55,9 @@ QUIET = {
     "Every board: annotation Pages": WELL,
     "Every board: annotation Restarts": WELL,
     "Every board: annotation Deploys": "empty once the gateway has run for two minutes",
+    "Engine: CPU": "as Memory",
     "Engine: Memory": "of vLLM and its supervisor, which run in tests/engine; the double is one process with the test",
 }
-WORDS = frozenset(
-    {"sum", "rate", "increase", "max", "min", "avg", "count", "topk", "time", "vector", "abs", "changes"}
-    | {"histogram_quantile", "predict_linear", "avg_over_time", "max_over_time"}
-    | {"and", "or", "unless", "by", "without", "on", "ignoring", "bool"}
-)
-
-
-def families(expr: str) -> set[str]:
-    """The metric names in a query; a choice of names (`__name__=~`) gives each."""
-    names = set()
-    for choice in re.findall(r'__name__=~"([^"]+)"', expr):
-        names |= {name.replace("(_total)?", "") for name in choice.split("|") if name != ".+"}
-    bare = re.sub(r'"[^"]*"', '""', expr)
-    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", bare)
-    bare = re.sub(r"\{[^}]*\}", "{}", bare)
-    bare = re.sub(r"\[[^\]]*\]|\boffset\s+\w+|\b[\d.]+(e\d+)?\b", " ", bare)
-    names |= {name for name in re.findall(r"[a-zA-Z_:][\w:]*", bare) if name not in WORDS}
-    return names
 
 
 def reason(family: str) -> str | None:
@@ -83,118 +65,32 @@ def reason(family: str) -> str | None:
     return next((why for pattern, why in WITHOUT.items() if re.fullmatch(pattern, family)), None)
 
 
-@dataclass
-class Stack:
-    """What runs."""
-
-    prometheus: Prometheus
-    gateway: GatewayProcess
-    engine: VllmDouble
-    edge: Edge
-    collector: Collector
-    promtail: Promtail
-    texts: dict[str, str]
-    addresses: dict[str, str]
-
-
-def traffic(stack_edge: Edge, gateway: GatewayProcess, engine: VllmDouble) -> None:
-    """Calls of every kind and fault: streams, whole answers, embeddings, refusals, failures, a client that leaves."""
-    headers = {"Authorization": f"Bearer {KEY}", "traceparent": f"00-{'0af7651916cd43dd' * 2}-b7ad6b7169203331-01"}
-    body = {"model": "double", "messages": [{"role": "user", "content": "double:tokens=6,pace_ms=5 hello"}]}
-    with stack_edge.client(headers=headers) as client:
-        for number in range(8):
-            answer = client.post("/v1/chat/completions", json={**body, "stream": bool(number % 2)})
-            assert answer.status_code == 200, answer.text
-        assert client.post("/v1/embeddings", json={"model": "double", "input": "text"}).status_code == 200
-        assert client.get("/nothing").status_code == 404
-        assert client.post("/v1/chat/completions", json={**body, "model": "none"}).status_code == 404
-        wrong = {"Authorization": "Bearer sk-wrong-0123456789"}
-        assert client.post("/v1/chat/completions", json=body, headers=wrong).status_code == 401
-        broken = {**body, "messages": [{"role": "user", "content": "double:status=500"}]}
-        assert client.post("/v1/chat/completions", json=broken).status_code == 502
-    with socket.create_connection(("127.0.0.1", gateway.port)) as leaver:
-        text = json.dumps({**body, "stream": True, "messages": [{"role": "user", "content": "double:hang_after=2"}]})
-        leaver.sendall(
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode()
-        )
-        assert leaver.recv(100)
-    engine.wait_idle(5)
+SETTLED = "gateway:bad_per_calls:ratio_rate3d >= 0 and gateway:late_per_streams:ratio_rate3d >= 0"
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     folder = tmp_path_factory.mktemp("live")
-    with ExitStack() as running:
-        collector = running.enter_context(Collector())
-        engine = running.enter_context(VllmDouble(api_key="engine-secret"))
-        gateway = running.enter_context(
-            GatewayProcess(
-                VLLM_URL=engine.url,
-                VLLM_API_KEY="engine-secret",
-                OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
-                TRACE_RATIO=1,
-            )
-        )
-        gpu = running.enter_context(gpu_exporter())
-        nginx = running.enter_context(
-            edge(folder / "edge", gateway=f"127.0.0.1:{gateway.port}", requests_per_second=10_000)
-        )
-        promtail = Promtail()
-        page = promtail.serve()
-        running.callback(page.close)
-        addresses = {
-            "nginx": f"127.0.0.1:{nginx.status}",
-            "gateway": f"127.0.0.1:{gateway.port}",
-            "vllm": engine.url.removeprefix("http://"),
-            "gpu": gpu,
-            "promtail": page.address,
-        }
-        (folder / "prometheus").mkdir()
-        watcher = running.enter_context(prometheus(folder / "prometheus", **addresses))
-        shipped = 0
-
-        def ship() -> None:
-            nonlocal shipped
-            lines = (nginx.folder / "access.log").read_text().splitlines()
-            promtail.ship("nginx", lines[shipped:])
-            shipped = len(lines)
-
-        traffic(nginx, gateway, engine)
-        ship()
-        wait_until("every job is scraped", lambda: len(watcher.query("up == 1")) == len(addresses) + 1, 30)
-        # Rates need a first value: what is counted from here on is what they show.
-        until = time.monotonic() + 12
-        while time.monotonic() < until:
-            traffic(nginx, gateway, engine)
-            ship()
-        settled = "gateway:bad_per_calls:ratio_rate3d >= 0 and gateway:late_per_streams:ratio_rate3d >= 0"
-        wait_until("the slowest recording has a value", lambda: watcher.query(settled), 30)
-        texts = {
-            job: fetch(f"http://{address}/metrics", accept="application/openmetrics-text")
-            for job, address in addresses.items()
-        }
-        yield Stack(watcher, gateway, engine, nginx, collector, promtail, texts, addresses)
+    with ExitStack() as started:
+        engine = started.enter_context(VllmDouble(api_key="engine-secret"))
+        running = started.enter_context(monitored(folder, engine.url, "engine-secret", "double", engine))
+        running.traffic(12)
+        wait_until("the slowest recording has a value", lambda: running.prometheus.query(SETTLED), 30)
+        yield running
 
 
-def empty(stack: Stack, expr: str) -> bool:
-    """Whether the query gives nothing, or nothing but NaN."""
-    found = stack.prometheus.query(expr)
-    return all(series.get("value", [0, "NaN"])[1] == "NaN" for series in found)
-
-
-def test_every_query_of_every_panel_gives_data(stack: Stack) -> None:
+def test_every_query_of_every_panel_gives_data(stack: Monitored) -> None:
     blank: list[str] = []
     for asked in queries.asked("1m"):
         if asked.source != "prometheus" or asked.name in QUIET:
             continue
         missing = [family for family in families(asked.expr) if reason(family)]
-        if not missing and empty(stack, asked.expr):
+        if not missing and stack.prometheus.empty(asked.expr):
             blank.append(f"{asked.name}: {asked.expr}")
     assert blank == []
 
 
-def test_every_rule_is_evaluated_without_an_error_and_speaks_of_something(stack: Stack) -> None:
+def test_every_rule_is_evaluated_without_an_error_and_speaks_of_something(stack: Monitored) -> None:
     wait_until(
         "every rule was evaluated",
         lambda: all(
@@ -210,7 +106,7 @@ def test_every_rule_is_evaluated_without_an_error_and_speaks_of_something(stack:
     assert blind == []
 
 
-def test_every_recording_has_a_value(stack: Stack) -> None:
+def test_every_recording_has_a_value(stack: Monitored) -> None:
     recorded = [
         rule
         for path in (ROOT / "prometheus/rules").glob("*.yml")
@@ -219,22 +115,22 @@ def test_every_recording_has_a_value(stack: Stack) -> None:
         if "record" in rule and not any(reason(family) for family in {rule["record"]} | families(rule["expr"]))
     ]
     assert len(recorded) > 25
-    assert [rule["record"] for rule in recorded if empty(stack, rule["record"])] == []
+    assert [rule["record"] for rule in recorded if stack.prometheus.empty(rule["record"])] == []
 
 
-def test_no_family_is_asked_for_that_nobody_exports(stack: Stack) -> None:
+def test_no_family_is_asked_for_that_nobody_exports(stack: Monitored) -> None:
     known = set(stack.prometheus.get("label/__name__/values"))
     asked = {family for one in queries.asked() if one.source == "prometheus" for family in families(one.expr)}
     assert sorted(family for family in asked if family not in known and not reason(family)) == []
 
 
-def test_no_family_is_exported_that_nobody_looks_at(stack: Stack) -> None:
+def test_no_family_is_exported_that_nobody_looks_at(stack: Monitored) -> None:
     asked = {family for one in queries.asked() if one.source == "prometheus" for family in families(one.expr)}
     for path in (ROOT / "prometheus/rules").glob("*.yml"):
         for group in yaml.safe_load(path.read_text())["groups"]:
             for rule in group["rules"]:
                 asked |= families(rule["expr"])
-    page = "\n".join(stack.texts.values())
+    page = stack.pages()
     exported = set(re.findall(r"^# TYPE ((?:gateway|engine|gpu|edge)_\w+?)(?:_created)? ", page, re.M))
     assert len(exported) > 60
     forms = ("", "_total", "_bucket", "_count", "_sum", "_info")
@@ -242,13 +138,13 @@ def test_no_family_is_exported_that_nobody_looks_at(stack: Stack) -> None:
     assert unseen == set()
 
 
-def test_what_is_excused_is_really_absent(stack: Stack) -> None:
+def test_what_is_excused_is_really_absent(stack: Monitored) -> None:
     """An excuse that is no longer needed must go, or it would hide the next break."""
     known = set(stack.prometheus.get("label/__name__/values"))
     assert sorted(family for family in known if reason(family)) == []
 
 
-def test_exemplars_carry_traces_that_the_collector_got(stack: Stack) -> None:
+def test_exemplars_carry_traces_that_the_collector_got(stack: Monitored) -> None:
     now = time.time()
     found = stack.prometheus.get(
         "query_exemplars",
@@ -263,7 +159,7 @@ def test_exemplars_carry_traces_that_the_collector_got(stack: Stack) -> None:
     assert any(bytes.fromhex(trace) in sent for trace in traces)
 
 
-def test_a_call_is_one_story_at_the_edge_in_the_gateway_and_in_its_trace(stack: Stack) -> None:
+def test_a_call_is_one_story_at_the_edge_in_the_gateway_and_in_its_trace(stack: Monitored) -> None:
     with stack.edge.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
         trace = "4bf92f3577b34da6a3ce929d0e0e4736"
         answer = client.post(
@@ -279,27 +175,27 @@ def test_a_call_is_one_story_at_the_edge_in_the_gateway_and_in_its_trace(stack: 
     assert {entry.metadata["request_id"] for entry in entries} == {"story-0123456789"}
     assert {entry.metadata["trace_id"] for entry in entries} == {trace}
     wait_until("the trace", lambda: any(bytes.fromhex(trace) in body for body in stack.collector.bodies), 15)
-    (seen,) = [one for one in stack.engine.requests() if trace in json.dumps(one)][-1:] or [None]
+    (seen,) = [one for one in stack.double.requests() if trace in json.dumps(one)][-1:] or [None]
     assert seen is not None, "vLLM did not get the trace context"
 
 
-def test_series_stay_few(stack: Stack) -> None:
+def test_series_stay_few(stack: Monitored) -> None:
     """All programs of a small appliance together; the alert SeriesGrowing waits at 150,000."""
     total = float(stack.prometheus.query("sum(scrape_samples_post_metric_relabeling)")[0]["value"][1])
     assert total < 6000
 
 
-def test_faults_become_alerts_that_name_them(stack: Stack, tmp_path: Path) -> None:
+def test_faults_become_alerts_that_name_them(stack: Monitored, tmp_path: Path) -> None:
     """Last: it breaks the engine. Real faults, real rules without their waiting times."""
     jobs = {job: address for job, address in stack.addresses.items() if job in ("gateway", "vllm")}
     with prometheus(tmp_path, impatient=True, **jobs) as watcher:
         wait_until("both are scraped", lambda: len(watcher.query('up{job!="prometheus"} == 1')) == 2, 30)
         assert not {"BackendDown", "TargetDown"} & watcher.firing()
-        stack.engine.kill()
+        stack.double.kill()
         wait_until("the alerts", lambda: {"BackendDown", "TargetDown"} <= watcher.firing(), 30)
         down = [alert for alert in watcher.get("alerts")["alerts"] if alert["labels"]["alertname"] == "TargetDown"]
         assert [alert["labels"]["component"] for alert in down] == ["vllm"]
         assert "vllm" in down[0]["annotations"]["summary"]
         assert stack.gateway.chat().status == 503
-        stack.engine.start()
+        stack.double.start()
         wait_until("they resolve", lambda: not {"BackendDown", "TargetDown"} & watcher.firing(), 30)

@@ -287,3 +287,78 @@ def test_every_route_needs_its_key_and_says_so_at_once(engine):
 def _code(answer: Any, path: str) -> str:
     error = answer.json["error"]
     return error.get("code") or {"authentication_error": "", "permission_error": ""}.get(error["type"], error["type"])
+
+
+def test_a_stream_ends_at_the_keys_last_token_with_a_valid_end(engine):
+    """No max_tokens, an answer without end, a day that is nearly used up: the client gets a regular end."""
+    with GatewayProcess(VLLM_URL=engine.url) as gateway:
+        made = gateway.admin("POST", "/admin/keys", {"name": "small", "daily_tokens": 1200}).json
+        answer = gateway.chat("double:tokens=100000", made["secret"], stream=True)
+        assert answer.status == 200
+        assert answer.headers["x-ratelimit-limit-tokens"] == "1200"
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+        assert b'"finish_reason":"length"' in answer.body.replace(b": ", b":")
+        assert b'"error"' not in answer.body
+        usage = gateway.get("/v1/usage", made["secret"]).json
+        assert 900 < usage["used_tokens"] <= 1200
+        refused = gateway.chat("double:tokens=100000", made["secret"], stream=True)
+        assert (refused.status, refused.code) == (429, "quota_exhausted")
+        assert int(refused.headers["retry-after"]) <= 86_400
+
+
+def test_a_second_gateway_on_the_same_database_ends_with_one_line(engine):
+    with GatewayProcess(VLLM_URL=engine.url) as gateway:
+        second = gateway.cli("serve")
+        assert second.returncode == 2
+        assert "another gateway" in second.stdout + second.stderr
+        assert "Traceback" not in second.stdout + second.stderr
+        assert gateway.chat(max_tokens=2).status == 200
+
+
+def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(engine):
+    with GatewayProcess(VLLM_URL=engine.url) as gateway:
+        stream: list[Any] = []
+
+        def run() -> None:
+            stream.append(gateway.chat("double:tokens=60,pace_ms=50", stream=True, max_tokens=60))
+
+        caller = threading.Thread(target=run)
+        caller.start()
+        wait_until("it streams", lambda: engine.state()["running"] == 1, 5)
+        lock = sqlite3.connect(f"{gateway.folder}/gateway.sqlite3", isolation_level=None, timeout=10)
+        lock.execute("BEGIN IMMEDIATE")
+        try:
+            refused = gateway.chat(max_tokens=2)
+            assert (refused.status, refused.code) == (503, "ledger_unavailable")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert gateway.get("/ready").status == 503
+            assert gateway.get("/v1/models").status == 200  # keys are served from memory, never 401
+            caller.join(15)
+            assert stream[0].body.endswith(b"data: [DONE]\n\n")  # its usage is safe in the spool
+        finally:
+            lock.execute("ROLLBACK")
+            lock.close()
+        wait_until("it heals", lambda: gateway.get("/ready").status == 200, 10)
+        assert gateway.chat(max_tokens=2).status == 200
+        wait_until(
+            "the spool is replayed",
+            lambda: (
+                ledger(gateway, "SELECT completion_tokens FROM usage_records WHERE outcome = 'ok' AND stream = 1")
+                == [(60,)]
+            ),
+            5,
+        )
+        assert ledger(gateway, "SELECT COUNT(*) FROM holds") == [(0,)]
+
+
+def test_the_drift_against_the_engine_is_zero_when_all_is_settled(engine):
+    def drift() -> float | None:
+        for line in gateway.get("/metrics").body.decode().splitlines():
+            if line.startswith("gateway_ledger_drift_tokens "):
+                return float(line.split()[1])
+        return None
+
+    with VllmDouble(model="double") as own, GatewayProcess(VLLM_URL=own.url) as gateway:
+        for number in range(20):
+            gateway.chat(f"double:tokens={number + 1}", stream=number % 2 == 0, max_tokens=50)
+        wait_until("the drift is zero", lambda: drift() == 0, 15)

@@ -73,5 +73,5 @@ def test_prometheus_sees_every_service_of_ours(appliance: Appliance) -> None:
         connection.close()
         return {one["metric"]["job"] for one in series if one["value"][1] == "1"}
 
-    wanted = {"gateway", "vllm", "gpu-exporter"}
+    wanted = {"gateway", "vllm", "engine", "gpu", "nginx", "alertmanager", "prometheus"}
     until(f"Prometheus scrapes {wanted}", lambda: wanted <= up(), 90)

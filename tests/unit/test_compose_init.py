@@ -38,6 +38,12 @@ def test_a_self_signed_certificate_is_ecdsa_with_the_hosts(tmp_path: Path) -> No
     names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert set(names.get_values_for_type(x509.DNSName)) == {"llm.test", "localhost"}
     assert {str(a) for a in names.get_values_for_type(x509.IPAddress)} == {"192.0.2.7", "127.0.0.1", "::1"}
+    allowed = made.extensions.get_extension_for_class(x509.NameConstraints)
+    assert allowed.critical
+    assert allowed.value.permitted_subtrees is not None
+    assert {str(name.value) for name in allowed.value.permitted_subtrees} == {
+        "llm.test", "localhost", "192.0.2.7/32", "127.0.0.1/32", "::1/128",
+    }  # fmt: skip
     assert stat.S_IMODE((tmp_path / "served" / certificate.KEY).stat().st_mode) & 0o077 == 0
 
 
@@ -169,6 +175,7 @@ def test_a_secret_is_made_once_and_a_given_one_wins(tmp_path: Path) -> None:
         ({"LETSENCRYPT_EMAIL": "me@example.com"}, "APPLIANCE_HOSTS names no host"),
         ({"LETSENCRYPT_EMAIL": "me; } evil", "APPLIANCE_HOSTS": "a.test"}, "mail address"),
         ({"APPLIANCE_HOSTS": "a b"}, "APPLIANCE_HOSTS"),
+        ({"LETSENCRYPT_EMAIL": "me@example.com", "APPLIANCE_HOSTS": "*.a.test"}, "wildcards"),
     ],
 )
 def test_bad_edge_variables_are_named(environment: dict[str, str], words: str) -> None:

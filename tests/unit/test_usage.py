@@ -75,6 +75,19 @@ def test_csv_and_table_show_what_json_shows(settings, capsys):
     assert "(none)" in usage(settings, capsys, "--from", "2030-01-01")
 
 
+def test_joules_stand_where_they_were_measured(settings, capsys):
+    database = Database(settings.database_url)
+    with database.session():
+        ann, bob = accounts.keys(database)
+        rows = [("2026-01-01", ann.id, 1.5), ("2026-01-02", ann.id, 2.0)]
+        batch.write(database, batch.Group(energy=rows))
+    by_key = {row["key_id"]: row["energy_joules"] for row in json.loads(usage(settings, capsys, "--json"))["data"]}
+    assert by_key == {ann.id: 3.5, bob.id: None}
+    by_day = json.loads(usage(settings, capsys, "--by", "day", "--to", "2026-01-01", "--json"))["data"]
+    assert [row["energy_joules"] for row in by_day] == [1.5]
+    assert "energy_joules" not in json.loads(usage(settings, capsys, "--by", "model", "--json"))["data"][0]
+
+
 def test_a_wrong_day_is_told(settings):
     with pytest.raises(SystemExit) as end:
         cli_usage.run(["--from", "yesterday"], settings)

@@ -1,7 +1,8 @@
 # Stands in for the nginx images (official and unprivileged): sid's nginx, the same user, paths and stop signal.
 ARG BASE
 FROM ${BASE}
-RUN echo "deb $MIRROR sid main" >/etc/apt/sources.list.d/sid.list \
+ARG MIRROR
+RUN echo "deb ${MIRROR} sid main" >/etc/apt/sources.list.d/sid.list \
     && printf 'Package: *\nPin: release a=unstable\nPin-Priority: 100\n' >/etc/apt/preferences.d/sid \
     && apt-get -o Acquire::Check-Valid-Until=false update -qq \
     && groupadd --system --gid 101 nginx && useradd --system --uid 101 --gid 101 --no-create-home nginx \

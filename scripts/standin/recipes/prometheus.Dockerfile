@@ -1,7 +1,8 @@
 # Stands in for prom/prometheus: sid's program under the official image's paths and user.
 ARG BASE
 FROM ${BASE}
-RUN echo "deb $MIRROR sid main" >/etc/apt/sources.list.d/sid.list \
+ARG MIRROR
+RUN echo "deb ${MIRROR} sid main" >/etc/apt/sources.list.d/sid.list \
     && printf 'Package: *\nPin: release a=unstable\nPin-Priority: 100\n' >/etc/apt/preferences.d/sid \
     && apt-get -o Acquire::Check-Valid-Until=false update -qq \
     && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends -t sid \

@@ -19,7 +19,7 @@ def build(folder: Path) -> Path:
     if compiler is None:
         pytest.skip("the NVML double needs a C compiler (Debian: apt-get install gcc libc6-dev)")
     sources = [str(HERE / name) for name in ("libnvidia_ml.c", "events.c")]
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", f"-Wl,-soname,{LIBRARY}"]
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", f"-Wl,-soname,{LIBRARY}"]
     subprocess.run([compiler, *flags, "-o", str(folder / LIBRARY), *sources, "-lpthread"], check=True)
     return folder
 

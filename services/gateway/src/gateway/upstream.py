@@ -206,14 +206,19 @@ class Upstream:
     async def get(
         self, url: str, headers: Mapping[str, str], seconds: float, limit: int = 4_194_304
     ) -> tuple[int, bytes]:
-        """A small GET (health, models, metrics): status and at most `limit` bytes, within `seconds`.
+        """A small GET (health, models, metrics): status and body, within `seconds`.
 
-        Raises `UpstreamError` for everything that goes wrong.
+        Raises `UpstreamError` for everything that goes wrong, also a body of more than `limit` bytes.
         """
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
-                return response.status, await response.content.read(limit)
+                body = bytearray()
+                async for part in response.content.iter_any():
+                    body += part
+                    if len(body) > limit:
+                        raise UpstreamError(f"more than {limit} bytes at {url.partition('?')[0]}")
+                return response.status, bytes(body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UpstreamError(f"{type(error).__name__} at {url.partition('?')[0]}") from error
 

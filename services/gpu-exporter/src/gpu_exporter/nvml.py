@@ -156,6 +156,7 @@ class Nvml:
         known = self._devices.get(uuid)
         if known and known.identity.index == index:
             return known
+        self._devices = {other: old for other, old in self._devices.items() if old.identity.index != index}
         device = self._devices[uuid] = _Device(handle, Identity(index, uuid))
         capability = self._optional(device, "nvmlDeviceGetCudaComputeCapability")
         pci = self._optional(device, "nvmlDeviceGetPciInfo_v3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections import deque
@@ -18,8 +19,17 @@ _LONGEST_LINE = 65536
 class Child:
     """A running vLLM. The supervisor owns it alone; `lines` are the last lines it printed."""
 
-    def __init__(self, process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        life_line: int,
+        output: asyncio.StreamReader,
+        on_line: Callable[[str], None],
+    ) -> None:
+        """Use `start`."""
         self._process = process
+        self._life_line: int | None = life_line
+        self._output = output
         self._on_line = on_line
         self.lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._held: set[str] = set()
@@ -29,16 +39,30 @@ class Child:
     async def start(cls, argv: Sequence[str], env: Mapping[str, str], on_line: Callable[[str], None]) -> Child:
         """Start `argv` with the environment `env`, under the guard; `on_line` hears every line it prints."""
         guard = [sys.executable, "-m", "engine.guard", "--", *argv]
-        process = await asyncio.create_subprocess_exec(
-            *guard,
-            stdin=asyncio.subprocess.PIPE,  # the life line: never written to, closed by our death
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            limit=_LONGEST_LINE,
-            start_new_session=True,
-            env=dict(env),
+        # Pipes of our own: asyncio's wait() waits for its pipes too, and an orphan may hold these open for ever.
+        life_read, life_write = os.pipe()
+        output_read, output_write = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *guard,
+                stdin=life_read,  # never written to, closed by our death
+                stdout=output_write,
+                stderr=output_write,
+                start_new_session=True,
+                env=dict(env),
+            )
+        except BaseException:
+            os.close(life_write)
+            os.close(output_read)
+            raise
+        finally:
+            os.close(life_read)
+            os.close(output_write)
+        output = asyncio.StreamReader(limit=_LONGEST_LINE)
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(output), os.fdopen(output_read, "rb", 0)
         )
-        return cls(process, on_line)
+        return cls(process, life_write, output, on_line)
 
     @property
     def session(self) -> int:
@@ -65,8 +89,9 @@ class Child:
 
     async def sweep(self) -> None:
         """Whatever the guard did or could not do: nobody of the session lives on, and no shared memory stays behind."""
-        if self._process.returncode is None and self._process.stdin is not None:
-            self._process.stdin.close()  # the guard kills the family and cleans up
+        if self._life_line is not None:
+            os.close(self._life_line)  # the guard kills the family and cleans up
+            self._life_line = None
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), 15)
         await asyncio.to_thread(family.kill, self.session)
@@ -74,18 +99,15 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+        await asyncio.to_thread(family.kill_adopted)
         await asyncio.to_thread(family.unlink_abandoned, self._held)
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(asyncio.shield(self._reader), 2)  # the last lines tell why it ended
-        self._reader.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._reader, 2)  # the last lines tell why it ended
 
     async def _read(self) -> None:
-        stream = self._process.stdout
-        if stream is None:
-            return
         while True:
             try:
-                raw = await stream.readline()
+                raw = await self._output.readline()
             except ValueError:  # longer than the limit: the stream has dropped it
                 continue
             if not raw:

@@ -7,12 +7,14 @@ session is still found as a descendant. Linux only, as vLLM is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+_SET_CHILD_SUBREAPER = 36
 _SHARED_MEMORY = "/dev/shm/"  # noqa: S108  # only listed and unlinked, never opened
 
 
@@ -34,6 +36,23 @@ def table() -> dict[int, Process]:
         if entry.name.isdecimal() and (process := _read(int(entry.name))) is not None:
             found[process.pid] = process
     return found
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parents die, instead of process 1."""
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_adopted() -> None:
+    """Kill and collect the processes that were adopted: our children that Python did not start."""
+    started = {"py-spy", "nvidia-smi"}  # tools of the evidence, which end by themselves
+    adopted = [p for p in table().values() if p.parent == os.getpid() and p.name not in started]
+    for process in adopted:
+        kill(process.pid, process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, 0)
 
 
 def _read(pid: int) -> Process | None:

@@ -21,21 +21,16 @@ from typing import Any
 from engine import family
 
 _SET_PDEATHSIG = 1
-_SET_CHILD_SUBREAPER = 36
 _LOOK_SECONDS = 5.0  # how often the shared memory in use is noted, for whoever dies without a word
 
 
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-
-
 def _die_with_guard() -> None:
-    _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def main(argv: list[str]) -> int:
     """Run `argv` to its end; its exit code, or 128 + the signal that ended it."""
-    _prctl(_SET_CHILD_SUBREAPER, 1)
+    family.adopt_orphans()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from typing import Any
 
 from engine import fit, memory, place, shape
@@ -15,7 +16,7 @@ _STATE_BYTES = 256 << 20  # compile caches and evidence
 
 def check(settings: Settings, there: Place) -> None:
     """Raises `ConfigurationError` with every reason why this cannot start. A model that is not here yet is not read."""
-    problems = _disk(settings)
+    problems = _disk(settings) + _port(settings)
     if there.device == "gpu":
         problems += _gpus(settings, there)
     if place.is_present(there.model):
@@ -35,6 +36,19 @@ def _disk(settings: Settings) -> list[str]:
         return [f"ENGINE_STATE_DIR: {folder}: {error.strerror}"]
     if free < _STATE_BYTES:
         return [f"ENGINE_STATE_DIR: {folder} has {free >> 20} MiB free, {_STATE_BYTES >> 20} MiB are needed: free some"]
+    return []
+
+
+def _port(settings: Settings) -> list[str]:
+    """Another program on vLLM's port would answer our questions in its place."""
+    host, port = settings.vllm_host, settings.vllm_port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that is closing does not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return [f"VLLM_PORT: cannot listen on {host}:{port}: {error.strerror}"]
     return []
 
 

@@ -13,7 +13,7 @@ import aiohttp
 from engine.progress import HEADER, PATH
 from engine.watchdog import Reading
 
-_LOOK = aiohttp.ClientTimeout(total=3)
+_LOOK = aiohttp.ClientTimeout(total=2)
 # The counters that move when the engine does work; the last one is a histogram's count.
 _COUNTERS = ("vllm:prompt_tokens_total{", "vllm:generation_tokens_total{", "vllm:iteration_tokens_total_count{")
 _WARM_UP = "The quick brown fox jumps over the lazy dog while the engine measures how fast it reads. "

@@ -99,6 +99,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Everything, until `stop`."""
+        family.adopt_orphans()  # should the guard be killed, whoever it held falls to us
         self._move(State.STARTING)
         while not self._stop.is_set():
             self.life.enter(Phase.FETCH)
@@ -217,7 +218,8 @@ class Supervisor:
                 verdict = dog.verdict(now)
                 self._metrics.suspicion.set(dog.suspicion(now))
                 self._metrics.bound.set(dog.bound())
-                if verdict is not Verdict.HEALTHY and await probe.health() == 503:
+                suspicious = verdict is not Verdict.HEALTHY and reading is not None
+                if suspicious and await probe.health() == 503:
                     return End(Reason.ENGINE_DEAD, "vLLM's API server says that its engine died", True, True)
                 if verdict is Verdict.HUNG:
                     return await self._hung(child, dog, now)

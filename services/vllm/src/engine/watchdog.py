@@ -3,8 +3,8 @@
 Progress is a token that left, a counter that moved, or a canary (one token, timed) that came back. Silence alone proves
 nothing: an idle engine is silent, and so is one long prefill, behind which the canary queues. So after some silence a
 canary is sent, and only if it does not come back, and nothing else moves, for longer than a bound, the engine hangs.
-The bound follows the longest prompt that still waits for its first byte: twelve times what the warm-up measured for so
-many tokens, because attention makes long prompts slower by the token and a loaded engine slower again.
+The bound follows the longest prompt that still waits for its first byte: no less than twelve times what the warm-up
+measured for so many tokens, because attention makes long prompts slower by the token and a loaded engine slower again.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Watchdog:
     def bound(self) -> float:
         """Seconds of suspicion that make a hang, with the prompts that are inside now."""
         tokens = min(self._longest_bytes / BYTES_PER_TOKEN, self._longest_tokens)
-        return min(self._hang + PATIENCE * tokens / self._rate, self._most)
+        return min(max(self._hang, PATIENCE * tokens / self._rate), self._most)
 
     def suspicion(self, now: float) -> float:
         """For how long nothing has moved since someone looked for it, seconds."""

@@ -14,7 +14,10 @@ GROUPS = {"key": "key_id", "organisation": "organisation", "model": "model", "da
 
 
 def usage(database: Database, first: str | None, last: str | None, group: str) -> list[dict[str, Any]]:
-    """Totals from day `first` to day `last` (ISO dates, both included, None = open), one row a member of `group`."""
+    """Totals from day `first` to day `last` (ISO dates, both included, None = open), one row a member of `group`.
+
+    `energy_joules` (by key and by day) is None where nothing was measured.
+    """
     column = GROUPS[group]
     where, parameters = [], []
     for day, sign in ((first, ">="), (last, "<=")):
@@ -29,10 +32,12 @@ def usage(database: Database, first: str | None, last: str | None, group: str) -
         + (f"WHERE {' AND '.join(where)} " if where else "")
         + f"GROUP BY t.{column} ORDER BY t.{column}"
     )
+    joules = _joules(database, column, " AND ".join(where), parameters) if group in ("key", "day") else None
     return [
         {
             column: name,
             **({"name": label} if named else {}),
+            **({"energy_joules": joules.get(name)} if joules is not None else {}),
             "prompt_tokens": int(prompt),
             "completion_tokens": int(completion),
             "cached_tokens": int(cached),
@@ -41,6 +46,13 @@ def usage(database: Database, first: str | None, last: str | None, group: str) -
         }
         for name, label, prompt, completion, cached, requests, refusals in database.rows(text, parameters)
     ]
+
+
+def _joules(database: Database, column: str, where: str, parameters: list[Any]) -> dict[str, float]:
+    text = (
+        f"SELECT t.{column}, SUM(t.joules) FROM daily_energy t {f'WHERE {where}' if where else ''} GROUP BY t.{column}"
+    )
+    return {name: float(joules) for name, joules in database.rows(text, parameters)}
 
 
 def energy(database: Database, key_id: str, day: str) -> float | None:

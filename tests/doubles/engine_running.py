@@ -1,0 +1,191 @@
+"""`engine serve` as a process, with the double or with the real vLLM, seen from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = Path(sys.executable).parent / "engine"
+
+
+def until(what: str, probe: Callable[[], Any], seconds: float) -> Any:
+    """The first true value of `probe`, asked again and again until `seconds` are over; fails saying `what` was awaited."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if found := probe():
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:g} s in vain for: {what}")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RunningEngine:
+    """One `engine serve`; `environment` adds to what it needs. Use as a context manager."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.port, self.status_port = free_port(), free_port()
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        self.environment = {
+            **kept,
+            "VLLM_PORT": str(self.port),
+            "ENGINE_STATUS_PORT": str(self.status_port),
+            "ENGINE_STATE_DIR": str(folder / "state"),
+            "ENGINE_RUN_MARK": "",
+            **environment,
+        }
+        del self.environment["ENGINE_RUN_MARK"]
+        self.log = folder / "log.txt"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._shared_memory = set(os.listdir("/dev/shm"))
+        self._sessions: set[int] = set()
+
+    def start(self) -> RunningEngine:
+        """Start it; it need not be ready."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [ENGINE, "serve"], env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            )
+        return self
+
+    def __enter__(self) -> RunningEngine:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()  # the guard must then end all the rest
+            self.process.wait()
+        until("the guard to end all that the supervisor left", lambda: not self.family(), 30)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a page of the supervisor; (0, "") when it does not listen."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as refused:
+            with refused:
+                return refused.code, refused.read().decode()
+        except (OSError, urllib.error.URLError):
+            return 0, ""
+
+    def status(self) -> dict[str, Any]:
+        code, body = self.get("/status")
+        return json.loads(body) if code == 200 else {"state": "gone", "ready": False}
+
+    def wait_for(self, state: str, seconds: float = 20) -> dict[str, Any]:
+        """The status once the engine is in `state`."""
+
+        def there() -> dict[str, Any] | None:
+            status = self.status()
+            return status if status["state"] == state else None
+
+        try:
+            found: dict[str, Any] = until(f"state {state}", there, seconds)
+        except AssertionError as late:
+            raise AssertionError(f"{late}; status {self.status()}; log {self.log.read_text()[-3000:]}") from None
+        return found
+
+    def metric(self, line: str) -> float:
+        """The value of one series, written as in the exposition."""
+        for found in self.get("/metrics")[1].splitlines():
+            if found.startswith(line + " "):
+                return float(found.rpartition(" ")[2])
+        raise AssertionError(f"no {line} in /metrics")
+
+    def family(self) -> list[psutil.Process]:
+        """All processes started by this engine that still live: they carry its state folder in their environment."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                theirs = process.environ()
+                marks = {theirs.get("ENGINE_STATE_DIR"), str(Path(theirs.get("PYTHONPATH", "-")).parent)}
+                if self.environment["ENGINE_STATE_DIR"] in marks and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def one(self, part: str) -> psutil.Process:
+        """The one process whose command line or name contains `part`."""
+        found = [p for p in self.family() if part in " ".join(p.cmdline()) or part in p.name()]
+        assert len(found) == 1, f"{part}: {found}"
+        return found[0]
+
+    def zombies(self) -> list[psutil.Process]:
+        """Dead children that nobody has collected, below the supervisor."""
+        assert self.process is not None
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in below if process.status() == psutil.STATUS_ZOMBIE]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal the supervisor and wait; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def evidence(self) -> list[Path]:
+        folder = Path(self.environment["ENGINE_STATE_DIR"]) / "evidence"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def with_double(folder: Path, **environment: str) -> RunningEngine:
+    """`engine serve` over the double; write `folder/control.json` to make it misbehave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "vllm-python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/doubles/engine_double.py "$@"\n')
+    program.chmod(0o755)
+    model = folder / "models" / "double"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / ".complete").write_text("")
+    (model / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 128})
+    )
+    return RunningEngine(
+        folder,
+        {
+            "VLLM_PYTHON": str(program),
+            "ENGINE_DEVICE": "cpu",
+            "MODEL_NAME": "double",
+            "MODEL_CACHE_DIR": str(folder / "models"),
+            "DOUBLE_CONTROL": str(folder / "control.json"),
+            "ENGINE_HANG_SECONDS": "2",
+            "ENGINE_CANARY_SECONDS": "0.5",
+            **environment,
+        },
+    )
+
+
+def control(engine: RunningEngine, **settings: Any) -> None:
+    """Change what the double does from now on."""
+    target = engine.folder / "control.json"
+    target.with_suffix(".new").write_text(json.dumps(settings))
+    shutil.move(target.with_suffix(".new"), target)
+
+
+def shared_memory(prefix: str = "") -> Iterator[str]:
+    """Names under /dev/shm."""
+    return (name for name in os.listdir("/dev/shm") if name.startswith(prefix))

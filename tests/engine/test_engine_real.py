@@ -1,0 +1,133 @@
+"""What holds for a running vLLM under its supervisor, and for what we believe of the pinned version."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.doubles.engine_running import ROOT
+from tests.engine.conftest import RealEngine, real
+
+from engine import command, fit, settings, shape
+
+GOLDEN = ROOT / "tests" / "golden" / "engine"
+pytestmark = pytest.mark.timeout(900)
+
+TELL = """
+import json, re, vllm.envs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser())
+flags = sorted({flag for action in parser._actions for flag in action.option_strings})
+names = sorted(name for name in vllm.envs.environment_variables if name.startswith("VLLM_"))
+print(json.dumps({"flags": flags, "names": names}))
+"""
+
+
+def ask(engine: RealEngine, path: str, body: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
+    """One call straight to vLLM."""
+    request = urllib.request.Request(
+        f"{engine.url}{path}",
+        json.dumps({"model": engine.model, **body}).encode(),
+        {"content-type": "application/json", "authorization": f"Bearer {engine.api_key}"},
+    )
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def kv_tokens(engine: RealEngine) -> int:
+    """The size of the KV cache that vLLM itself reports in its log."""
+    [said] = re.findall(r"KV cache size: ([\d,]+) tokens", engine.log.read_text())[-1:]
+    return int(said.replace(",", ""))
+
+
+def test_it_answers_from_a_real_model(engine: RealEngine) -> None:
+    question = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+    answer = ask(engine, "/v1/chat/completions", {"messages": [question], "temperature": 0, "max_tokens": 20})
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+def test_it_tells_what_it_is(engine: RealEngine) -> None:
+    status = engine.status()
+    assert (status["model"], status["device"], status["ready"]) == (engine.model, "cpu", True)
+    assert all(seconds >= 0 for seconds in status["phase_seconds"].values())
+    assert engine.metric("engine_prefill_tokens_per_second") > 10
+
+
+def test_the_progress_page_is_the_supervisors_alone(engine: RealEngine) -> None:
+    request = urllib.request.Request(f"{engine.url}/engine/progress", headers={"x-engine-token": "guessed"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 404
+    refused.value.close()
+
+
+def test_no_secret_is_in_the_log_or_on_the_command_line(engine: RealEngine) -> None:
+    assert engine.api_key not in engine.log.read_text()
+    assert all(engine.api_key not in " ".join(process.cmdline()) for process in engine.family())
+
+
+def test_log_lines_are_json(engine: RealEngine) -> None:
+    lines = [json.loads(line) for line in engine.log.read_text().splitlines()]
+    assert {"engine_starting", "vllm_log", "engine_ready"} <= {line["event"] for line in lines}
+
+
+def test_fit_agrees_with_the_engine(engine: RealEngine, built: dict[str, str]) -> None:
+    """One GiB of KV cache, the CPU build's blocks of 128 tokens."""
+    config = json.loads((Path(built["MODEL_CACHE_DIR"]) / engine.model / "config.json").read_text())
+    said = fit.capacity(shape.read(config), fit.GIB, 8192, block=128)
+    assert said.tokens == pytest.approx(kv_tokens(engine), rel=0.05)
+
+
+def test_the_pinned_vllm_knows_all_that_we_say(built: dict[str, str]) -> None:
+    """Its flags and variables are those recorded; run with `record` as argument to record them anew."""
+    told = subprocess.run(
+        [f"{built['ENGINE_VENV']}/bin/python", "-W", "ignore", "-c", TELL], check=True, capture_output=True, text=True
+    )
+    truth = json.loads(told.stdout.splitlines()[-1])
+    assert (GOLDEN / "vllm-flags.txt").read_text().splitlines() == truth["flags"]
+    assert settings.vllm_names() == set(truth["names"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gemma", "mixtral"])
+def test_fit_agrees_for_other_families(family: str, built: dict[str, str], tmp_path: Path) -> None:
+    folder = tiny_model(family, built, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    with real(tmp_path / "run", built, MODEL_NAME=str(folder), SERVED_MODEL_NAME="tiny") as running:
+        running.ready()
+        step = int(re.findall(r"max_num_batched_tokens=(\d+)", running.log.read_text())[-1])
+        said = fit.capacity(shape.read(config), fit.GIB, 8192, block=128, step=step)
+        assert said.tokens == pytest.approx(kv_tokens(running), rel=0.05)
+
+
+def tiny_model(family: str, built: dict[str, str], folder: Path) -> Path:
+    """A random model of `family` that two processes can share."""
+    target = folder / f"tiny-{family}"
+    maker = ROOT / "tests" / "doubles" / "engine_tiny_model.py"
+    tokenizer = Path(built["MODEL_CACHE_DIR"]) / "SmolLM2-135M-Instruct"
+    argv = [f"{built['ENGINE_VENV']}/bin/python", "-I", "-W", "ignore", str(maker), family, str(target), str(tokenizer)]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return target
+
+
+def test_argv_is_made_of_recorded_flags() -> None:
+    """Everything that settings can write is a flag of the pinned version."""
+    flags = set((GOLDEN / "vllm-flags.txt").read_text().splitlines())
+    source = Path(command.__file__).read_text()
+    assert set(re.findall(r'"(--[a-z-]+)"', source)) - flags == {"--no-enable-prefix-caching"} - flags
+
+
+if __name__ == "__main__":
+    tell = subprocess.run([*sys.argv[1:], "-W", "ignore", "-c", TELL], check=True, capture_output=True, text=True)
+    recorded = json.loads(tell.stdout.splitlines()[-1])
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    (GOLDEN / "vllm-flags.txt").write_text("\n".join(recorded["flags"]) + "\n")
