@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(900)
 
 TELL = """
 import json, re, vllm.envs
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 flags = sorted({flag for action in parser._actions for flag in action.option_strings})

@@ -75,7 +75,7 @@ def test_a_hang_is_seen_written_down_and_mended(engine: RunningEngine, victim: s
 
 
 def test_a_prefill_ten_times_as_long_as_usual_is_no_hang(tmp_path: Path) -> None:
-    """Eight seconds of silence with a bound of one, because a prompt of 40 kB is inside; without it that is a hang."""
+    """Eight seconds of silence with a bound of two, because a prompt of 40 kB is inside; without it that is a hang."""
     engine = with_double(tmp_path)
     control(engine, prefill=0.02)  # seconds a kilobyte: what the warm-up measures
     with engine:
