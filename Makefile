@@ -64,6 +64,8 @@ bench: setup ## side by side with other gateways
 	@scripts/bench
 loadtest: setup ## load on the running appliance (CONCURRENCY=32 DURATION=120)
 	@scripts/loadtest
+gpu-proof: setup ## compare the GPU exporter with nvidia-smi on this machine, and record its GPUs (LOAD=command)
+	@scripts/gpu-proof $(if $(LOAD),--load '$(LOAD)')
 conformance: setup ## check any OpenAI-compatible endpoint (URL=… KEY=…)
 	@scripts/conformance
 
@@ -74,4 +76,4 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: up down status logs stop vllm gateway gpu-exporter monitoring monitoring-down fit doctor backup restore upgrade \
-	rotate-secrets bundle load uninstall setup check test test-engine test-stack test-long bench loadtest conformance help
+	rotate-secrets bundle load uninstall setup check test test-engine test-stack test-long bench loadtest gpu-proof conformance help

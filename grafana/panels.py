@@ -10,6 +10,15 @@ from typing import Any
 
 SOURCES = {"prometheus": "prometheus", "loki": "loki"}
 GREEN, YELLOW, RED, BLUE = "green", "#EAB839", "red", "blue"
+# What has a meaning has one colour everywhere.
+MEANING = {
+    **dict.fromkeys(("ok", "2xx"), GREEN),
+    **dict.fromkeys(("failed", "lost", "5xx"), RED),
+    **dict.fromkeys(("refused", "4xx"), YELLOW),
+    **dict.fromkeys(("rejected", "3xx"), "orange"),
+    **dict.fromkeys(("cancelled", "1xx"), BLUE),
+    **dict.fromkeys(("interrupted", "revoked"), "purple"),
+}
 Steps = tuple[tuple[float | None, str], ...]
 BAD_AT_ONE: Steps = ((None, GREEN), (1, RED))
 GOOD_AT_ONE: Steps = ((None, RED), (1, GREEN))
@@ -76,7 +85,7 @@ class Panel:
             "description": self.why,
             "gridPos": {"x": x, "y": y, "w": self.width, "h": self.height},
             "targets": [query.json(index) for index, query in enumerate(self.queries)],
-            "fieldConfig": {"defaults": self._field(), "overrides": []},
+            "fieldConfig": {"defaults": self._field(), "overrides": self._colours()},
             "options": {**self._options(), **self.options},
         }
         if self.queries:
@@ -87,6 +96,17 @@ class Panel:
             hidden = dict.fromkeys(("Time", "__name__", "instance", "job"), True)
             panel["transformations"] = [{"id": "organize", "options": {"excludeByName": hidden}}]
         return panel
+
+    def _colours(self) -> list[dict[str, Any]]:
+        if not any(query.legend in ("{{outcome}}", "{{class}}") for query in self.queries):
+            return []
+        return [
+            {
+                "matcher": {"id": "byName", "options": name},
+                "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}],
+            }
+            for name, colour in MEANING.items()
+        ]
 
     def _field(self) -> dict[str, Any]:
         defaults: dict[str, Any] = {"unit": self.unit, "mappings": [], "color": {"mode": "palette-classic"}}

@@ -31,6 +31,26 @@ needs_prometheus = pytest.mark.skipif(
 )
 
 
+WORDS = frozenset(
+    {"sum", "rate", "increase", "max", "min", "avg", "count", "topk", "time", "vector", "abs", "changes"}
+    | {"histogram_quantile", "predict_linear", "avg_over_time", "max_over_time"}
+    | {"and", "or", "unless", "by", "without", "on", "ignoring", "bool"}
+)
+
+
+def families(expr: str) -> set[str]:
+    """The metric names in a query; a choice of names (`__name__=~`) gives each."""
+    names = set()
+    for choice in re.findall(r'__name__=~"([^"]+)"', expr):
+        names |= {name.replace("(_total)?", "") for name in choice.split("|") if name != ".+"}
+    bare = re.sub(r'"[^"]*"', '""', expr)
+    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", bare)
+    bare = re.sub(r"\{[^}]*\}", "{}", bare)
+    bare = re.sub(r"\[[^\]]*\]|\boffset\s+\w+|\b[\d.]+(e\d+)?\b", " ", bare)
+    names |= {name for name in re.findall(r"[a-zA-Z_:][\w:]*", bare) if name not in WORDS}
+    return names
+
+
 def fetch(url: str, form: dict[str, str] | None = None, accept: str = "*/*") -> str:
     """The text at `url`; with `form` by POST. An error status is returned as its text, too."""
     data = urllib.parse.urlencode(form).encode() if form is not None else None
@@ -68,6 +88,10 @@ class Prometheus:
         """The series that `expr` gives now."""
         found = self.get("query", query=expr)
         return found["result"] if found["resultType"] == "vector" else [found]
+
+    def empty(self, expr: str) -> bool:
+        """Whether the query gives nothing, or nothing but NaN."""
+        return all(series.get("value", [0, "NaN"])[1] == "NaN" for series in self.query(expr))
 
     def firing(self) -> set[str]:
         """Names of the alerts that fire."""

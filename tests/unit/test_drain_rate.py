@@ -23,12 +23,25 @@ def test_the_rate_is_measured_only_while_calls_wait() -> None:
 
 def test_before_it_is_measured_service_times_say_what_to_expect() -> None:
     rate = DrainRate(places=8)
-    assert rate.calls_per_second(0.0) == 1.0
+    assert rate.calls_per_second(0.0) == 4.0, "two seconds a call is the first guess"
 
-    rate.served(seconds=2.0, tokens=100.0)
+    rate.served(seconds=4.0, tokens=100.0)
 
-    assert rate.calls_per_second(0.0) == 4.0
-    assert rate.tokens_per_second(0.0) == 400.0
+    assert rate.calls_per_second(0.0) == 2.0
+    assert rate.tokens_per_second(0.0) == 200.0
+
+
+def test_running_calls_that_are_older_than_calls_used_to_become_count() -> None:
+    rate = DrainRate(places=8)
+    rate.served(seconds=1.0, tokens=10.0)
+    for _ in range(8):
+        rate.granted(0.0)
+
+    assert rate.calls_per_second(0.5) == 8.0
+    assert rate.calls_per_second(4.0) == 2.0
+    for _ in range(8):
+        rate.left(0.0)
+    assert rate.calls_per_second(100.0) == 8.0
 
 
 def test_a_stall_is_noticed() -> None:

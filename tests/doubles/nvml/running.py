@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from prometheus_client.parser import text_string_to_metric_families
 
 T = TypeVar("T")
-QUICK = {"GPU_SAMPLE_SECONDS": "0.1", "GPU_RETRY_SECONDS": "0.1", "GPU_DEADLINE_SECONDS": "2", "GPU_EXPORTER_PORT": "0"}
+QUICK = {"GPU_SAMPLE_SECONDS": "0.1", "GPU_RETRY_SECONDS": "0.1", "GPU_DEADLINE_SECONDS": "5", "GPU_EXPORTER_PORT": "0"}
 PATIENCE_SECONDS = 30.0
 
 

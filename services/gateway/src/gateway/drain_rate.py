@@ -11,6 +11,7 @@ import heapq
 import math
 
 MEMORY_SECONDS = 10.0  # older observations fade with this time constant
+FIRST_GUESS_SECONDS = 2.0  # that a call holds its place, until one has ended
 ENOUGH = 3.0  # observations before the measured rate is believed
 # Promised waits are longer than expected by a factor that learns: newcomers of light keys come first, whatever was
 # promised. It settles where one promise in twenty is broken.
@@ -32,9 +33,21 @@ class DrainRate:
         self._last: float | None = None  # while calls wait
         self._mean_seconds: float | None = None  # that a call holds its place
         self._mean_tokens = 0.0
+        self._running = 0
+        self._granted = 0.0  # sum of the times at which running calls got their places
+
+    def granted(self, now: float) -> None:
+        """A call got a place."""
+        self._running += 1
+        self._granted += now
+
+    def left(self, granted: float) -> None:
+        """A call that got its place at `granted` gave it back."""
+        self._running -= 1
+        self._granted = self._granted - granted if self._running else 0.0
 
     def served(self, seconds: float, tokens: float) -> None:
-        """A call gave its place back after `seconds`, having used `tokens`."""
+        """A call was answered: it held its place for `seconds` and used `tokens`."""
         if self._mean_seconds is None:
             self._mean_seconds, self._mean_tokens = seconds, tokens
         else:
@@ -67,9 +80,10 @@ class DrainRate:
             self.busy(now)
         if self._calls >= ENOUGH and self._seconds > 0:
             return max(self._calls / self._seconds, 1 / LONGEST)
-        if self._mean_seconds:
-            return max(self.places / self._mean_seconds, 1 / LONGEST)
-        return 1.0
+        # Calls that run now and are older than calls used to become say that these take longer.
+        age = now - self._granted / self._running if self._running else 0.0
+        expected = max(FIRST_GUESS_SECONDS if self._mean_seconds is None else self._mean_seconds, age)
+        return max(self.places / max(expected, 0.001), 1 / LONGEST)
 
     def tokens_per_second(self, now: float) -> float:
         """The rate of tokens with the same meaning; above 0."""

@@ -52,8 +52,10 @@ class HistogramChild:
 class Counter(Collector):  # type: ignore[misc]  # prometheus_client publishes no types
     """A family of counters. `name` without `_total`."""
 
+    _type = "counter"
+
     def __init__(self, name: str, documentation: str, labels: Sequence[str], registry: CollectorRegistry) -> None:
-        self._name, self._documentation, self._label_names = name, documentation, labels
+        self._name, self._documentation, self._labelnames = name, documentation, labels
         self._children: dict[tuple[str, ...], CounterChild] = {}
         registry.register(self)
 
@@ -63,11 +65,11 @@ class Counter(Collector):  # type: ignore[misc]  # prometheus_client publishes n
 
     def describe(self) -> Iterable[Metric]:
         """The family without samples."""
-        return [CounterMetricFamily(self._name, self._documentation, labels=self._label_names)]
+        return [CounterMetricFamily(self._name, self._documentation, labels=self._labelnames)]
 
     def collect(self) -> Iterable[Metric]:
         """The family as it is now."""
-        family = CounterMetricFamily(self._name, self._documentation, labels=self._label_names)
+        family = CounterMetricFamily(self._name, self._documentation, labels=self._labelnames)
         for values, child in self._children.items():
             family.add_metric(values, child.value)
         return [family]
@@ -75,6 +77,8 @@ class Counter(Collector):  # type: ignore[misc]  # prometheus_client publishes n
 
 class Histogram(Collector):  # type: ignore[misc]
     """A family of histograms with the upper bounds `buckets`; +Inf is added."""
+
+    _type = "histogram"
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class Histogram(Collector):  # type: ignore[misc]
         registry: CollectorRegistry,
         buckets: Sequence[float],
     ) -> None:
-        self._name, self._documentation, self._label_names = name, documentation, labels
+        self._name, self._documentation, self._labelnames = name, documentation, labels
         self._bounds = tuple(float(bound) for bound in buckets)
         self._texts = (*(str(bound) for bound in self._bounds), "+Inf")
         self._children: dict[tuple[str, ...], HistogramChild] = {}
@@ -98,11 +102,11 @@ class Histogram(Collector):  # type: ignore[misc]
 
     def describe(self) -> Iterable[Metric]:
         """The family without samples."""
-        return [HistogramMetricFamily(self._name, self._documentation, labels=self._label_names)]
+        return [HistogramMetricFamily(self._name, self._documentation, labels=self._labelnames)]
 
     def collect(self) -> Iterable[Metric]:
         """The family as it is now."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=self._label_names)
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labelnames)
         for values, child in self._children.items():
             buckets: list[tuple[str, float, Exemplar | None]] = []
             below = 0

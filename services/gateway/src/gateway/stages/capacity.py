@@ -103,6 +103,7 @@ class Capacity:
         backend = self._choose(free, call.request.affinity, ticket.cost)
         self._occupy(ticket, backend, now)
         ticket.granted = now
+        self._rate.granted(now)
         call.grant = ticket
 
     def _occupy(self, ticket: Ticket, backend: Backend, now: float) -> None:
@@ -251,6 +252,7 @@ class Capacity:
         usage = call.usage
         used = float(usage.total) if usage.known else ticket.cost
         self.room.settle(ticket, used)
+        self._rate.left(ticket.granted)
         if usage.known:  # a call that failed says nothing about how long calls take
             self._rate.served(now - ticket.granted, used)
             if usage.completion:
