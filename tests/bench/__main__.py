@@ -67,6 +67,7 @@ def run(names: list[str], rounds: int, seconds: float, connections: tuple[int, .
                 taken[target.name] = load.measure(target, double, connections, seconds)
                 print(report.line(number, target.name, taken[target.name]), flush=True)
             result["rounds"].append(taken)
+            (machine.STATE / "results.json").write_text(json.dumps(result, indent=1))  # what there is, if it is stopped
         for target in targets[1:]:
             try:
                 result["idle"][target.name] = load.idle_memory(target)
@@ -87,8 +88,12 @@ def main() -> None:
     parser.add_argument("--only", default=os.environ.get("BENCH_ONLY", ",".join(gateways.ALL)))
     parser.add_argument("--connections", default="1,16,64,256")
     parser.add_argument("--keep", action="store_true", help="keep the gateways' folders (logs, databases)")
+    parser.add_argument("--again", action="store_true", help="write the documents from the last run's figures")
     parser.add_argument("--no-docs", action="store_true", help="print only, leave docs/benchmarks.md as it is")
     options = parser.parse_args()
+    if options.again:
+        report.write(json.loads((machine.STATE / "results.json").read_text()), machine.ROOT / "docs")
+        return
     for tool in ("wrk", "taskset", "cc"):
         if shutil.which(tool) is None:
             parser.error(f"{tool} is missing (Debian: apt-get install wrk util-linux gcc)")

@@ -66,7 +66,7 @@ static void body(struct conn *c, const char *data, int len, double when) {
         c->body_at += len;
     }
     for (int i = 0; i + 1 < len; i++)
-        if (data[i] == '\n' && data[i + 1] == '\n') c->events++;
+        if (data[i] == '\n' && data[i + 1] == '\n') c->events++, events_seen++;
 }
 // Returns 1 when the answer is complete, -1 when it cannot be read.
 static int feed(struct conn *c, const char *data, int len, double when) {
@@ -149,7 +149,6 @@ int main(int argc, char **argv) {
                 if (c->active) { if (c->status && c->status != 200) refused++; else broken++; }
             } else {
                 finished++;
-                events_seen += c->events;
                 if (totals_n < cap) totals[totals_n++] = when - c->sent_at;
                 if (c->tail < 0 || (exact && c->body_at != expected_len) || (!exact && c->events < events)) wrong++;
             }

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,16 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONFIG = Path(__file__).parents[2] / "promtail/promtail.yml"
+LABELS = ("class", "level", "service")  # an empty one is no label to Prometheus
 TEMPLATES = {
     "{{ ToLower .Value }}": str.lower,
     "{{ if .Value }}{{ .Value }}xx{{ end }}": lambda value: f"{value}xx" if value else "",
 }
+
+
+@cache
+def _read(config: Path) -> dict[str, Any]:
+    return yaml.safe_load(config.read_text())
 
 
 @dataclass
@@ -39,7 +46,7 @@ class Promtail:
     """The pipeline of the file's one job. `sent` collects the entries."""
 
     def __init__(self, config: Path = CONFIG) -> None:
-        self.config = yaml.safe_load(config.read_text())
+        self.config = _read(config)
         (job,) = self.config["scrape_configs"]
         self.stages: list[dict[str, Any]] = job["pipeline_stages"]
         self.registry = CollectorRegistry()
@@ -144,12 +151,12 @@ class Promtail:
             yield entry
 
     def _count(self, name: str, metric: dict[str, Any], entry: Entry) -> None:
-        full, labels = metric["prefix"] + name, sorted(entry.labels)
+        full = metric["prefix"] + name
         if full not in self.metrics:
             kind = {"Counter": Counter, "Gauge": Gauge, "Histogram": Histogram}[metric["type"]]
             extra = {"buckets": metric["config"]["buckets"]} if metric["type"] == "Histogram" else {}
-            self.metrics[full] = kind(full, metric["description"], labels, registry=self.registry, **extra)
-        child = self.metrics[full].labels(**entry.labels)
+            self.metrics[full] = kind(full, metric["description"], LABELS, registry=self.registry, **extra)
+        child = self.metrics[full].labels(*(entry.labels.get(label, "") for label in LABELS))
         value = float(entry.found[metric["source"]]) if metric["config"].get("action") != "inc" else 1.0
         if metric["type"] == "Histogram":
             child.observe(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.doubles.edge_running import free_ports, wait_until
-from tests.doubles.monitoring import up
+from tests.doubles.monitoring import fetch
 
 ROOT = Path(__file__).parents[2]
 VENV = Path(os.environ.get("ENGINE_VENV") or ROOT / ".state/engine-venv")
@@ -60,7 +61,10 @@ def supervised(folder: Path, model: str = "smol") -> Iterator[Supervised]:
 
             def ready() -> bool:
                 assert process.poll() is None, (folder / "engine.log").read_text()[-2000:]
-                return up(f"http://127.0.0.1:{status}/status", '"ready"')
+                try:
+                    return json.loads(fetch(f"http://127.0.0.1:{status}/status"))["state"] == "ready"
+                except OSError:
+                    return False
 
             wait_until("the engine is ready", ready, START_SECONDS)
             yield Supervised(f"http://127.0.0.1:{port}", "engine-secret", f"127.0.0.1:{status}", model, process)

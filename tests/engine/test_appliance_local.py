@@ -27,7 +27,8 @@ from tests.doubles.edge_running import accepts, free_ports, needs_nginx
 
 MODEL = settings.EMBEDDED_MODEL
 QUESTION = "What is the capital of France? Answer in one sentence."
-SECOND_START_SECONDS = 150
+SECOND_START_SECONDS = 150  # on a machine that has nothing else to do
+BUSY_START_SECONDS = 600
 STATE_VARIABLES = ("ENGINE_VENV", "MODEL_CACHE_DIR", "TORCH_EXTRA_INDEX")
 pytestmark = [needs_nginx, pytest.mark.timeout(1800)]
 
@@ -40,6 +41,7 @@ class Appliance:
     told: str
     key: str
     seconds: float
+    quiet: bool  # whether the machine was ours when the start began
 
     @property
     def url(self) -> str:
@@ -99,13 +101,14 @@ def appliance(environment: dict[str, str]) -> Iterator[Appliance]:
         [ROOT / "scripts" / "engine-cpu"], env=environment, capture_output=True, text=True, check=False
     )
     assert built.returncode == 0, built.stdout + built.stderr
+    quiet = os.getloadavg()[0] < (os.cpu_count() or 1)
     started = time.monotonic()
     done = make(environment, "up")
     seconds = time.monotonic() - started
     try:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         [key] = re.findall(r"First API key, shown this once: {2}(\S+)", done.stdout)
-        yield Appliance(environment, done.stdout, key, seconds)
+        yield Appliance(environment, done.stdout, key, seconds, quiet)
     finally:
         stopped = make(environment, "down")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
@@ -113,7 +116,7 @@ def appliance(environment: dict[str, str]) -> Iterator[Appliance]:
 
 
 def test_it_starts_in_time_and_tells_what_it_does(appliance: Appliance) -> None:
-    assert appliance.seconds < SECOND_START_SECONDS
+    assert appliance.seconds < (SECOND_START_SECONDS if appliance.quiet else BUSY_START_SECONDS)
     assert "mode local" in appliance.told
     assert len(re.findall(r"^up: +\d+ s  engine: ", appliance.told, re.MULTILINE)) >= 2
     assert appliance.verb("status").returncode == 0

@@ -151,17 +151,19 @@ def test_what_dies_comes_back_and_a_certificate_is_taken_over(environment: dict[
     for name in ("gateway", "nginx"):
         found = running.running(place)
         assert found is not None
-        found.alive()[name].kill()
+        killed = found.alive()[name]
+        killed.kill()
 
-        def answers() -> bool:
-            with client(environment, key) as through:
-                try:
-                    return through.get("/ready").status_code == 200
-                except httpx.TransportError:
-                    return False
+        def is_back(name: str = name, before: int = killed.pid) -> bool:
+            now = running.running(place)
+            another = now is not None and name in now.alive() and now.alive()[name].pid != before
+            try:
+                with client(environment, key) as through:
+                    return another and through.get("/ready").status_code == 200
+            except httpx.TransportError:
+                return False
 
-        wait_until(f"the path answers without its {name}", lambda: not answers(), 5)
-        wait_until(f"{name} is back", answers)
+        wait_until(f"{name} is back", is_back)
     chain, secret = certificate.self_signed(("own.test",), certificate.dt.datetime.now(certificate.dt.UTC))
     (tmp_path / "own" / certificate.CHAIN).write_bytes(chain)
     (tmp_path / "own" / certificate.KEY).write_bytes(secret)

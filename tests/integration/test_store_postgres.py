@@ -117,9 +117,9 @@ async def test_keys_seeding_and_changes_by_another_process(tmp_path, url):
                 return key, secret
 
         key, secret = await asyncio.to_thread(change)
-        await until("the key is known", lambda: made.keyring.find(digest_of(secret)) is not None, 2)
+        await until("the key is known", lambda: made.keyring.find(digest_of(secret)) is not None)
         assert made.call(secret=secret).caller.models == frozenset({"m"})
-        await until("the quota too", lambda: made.keyring.caller(key.id).organisation_daily_tokens == 77, 2)
+        await until("the quota too", lambda: made.keyring.caller(key.id).organisation_daily_tokens == 77)
         await made.store.change(lambda db: accounts.rotate(db, key.id, 0, "test"))
         await made.store.change(lambda db: accounts.delete(db, key.id, "test"))
         assert (await made.store.read(reports.audit))[0]["action"] == "key_deleted"

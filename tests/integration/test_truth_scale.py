@@ -55,10 +55,13 @@ def fill(url: str, keys: int, records: int) -> None:
 
 
 async def admission_seconds(folder, url: str, numbers: range) -> tuple[float, float, float]:
-    """Seconds of a start, of the best admission decision, and of the best hold-to-record, among keys `numbers`."""
-    began = time.perf_counter()
+    """Seconds of the best start, of the best admission decision, and of the best hold-to-record, among keys `numbers`."""
+    starts = []
+    for _ in range(3):
+        began = time.perf_counter()
+        async with stages(folder, DATABASE_URL=url):
+            starts.append(time.perf_counter() - began)
     async with stages(folder, DATABASE_URL=url) as made:
-        start = time.perf_counter() - began
         decision = whole = float("inf")
         for number in numbers:
             for _ in range(5):
@@ -69,7 +72,7 @@ async def admission_seconds(folder, url: str, numbers: range) -> tuple[float, fl
                 await made.budget.hold(call)
                 await made.end(call)
                 whole = min(whole, time.perf_counter() - began)
-        return start, decision, whole
+        return min(starts), decision, whole
 
 
 async def prove(tmp_path, records: int, start_limit: float) -> None:
@@ -111,19 +114,17 @@ async def test_a_start_after_a_crash_under_load_is_quick(tmp_path):
     """Hundreds of holds of a dead process, a spool and a large ledger: the start takes less than a second."""
     url = f"sqlite:///{tmp_path}/gateway.sqlite3"
     fill(url, 100, 50_000)
-    async with stages(tmp_path) as made:
-        columns = [("key_1", None, "m", "e", 1, "2026-01-01", 0, 0.0, 9e9, None, 3, 4, 0)] * 1000
-        for part in chunks([(f"lost-{n}", *row) for n, row in enumerate(columns)]):
-            await made.store.change(lambda db, part=part: batch.write(db, batch.Group(holds=part)))
     seconds = []
-    for _ in range(3):
+    for round_number in range(3):
+        async with stages(tmp_path) as made:
+            row = ("key_1", None, "m", "e", 1, "2026-01-01", 0, 0.0, 9e9, None, 3, 4, 0)
+            for part in chunks([(f"lost-{round_number}-{n}", *row) for n in range(1000)]):
+                await made.store.change(lambda db, part=part: batch.write(db, batch.Group(holds=part)))
         began = time.perf_counter()
         async with stages(tmp_path) as made:
             seconds.append(time.perf_counter() - began)
-            lost = made.started.lost
+            assert made.started.lost == 1000
             assert made.call(secret=SECRET).caller.name == "team"
             assert made.rows("SELECT COUNT(*) FROM holds") == [(0,)]
             assert len(await made.store.read(accounts.keys)) == 101
-        if lost == 1000:
-            first = seconds[-1]
-    assert first < 1.0, f"{first:.2f} s"
+    assert min(seconds) < 1.0, seconds

@@ -11,6 +11,7 @@ from gateway.call import Outcome, Usage
 from gateway.errors import InvalidRequest, LedgerUnavailable, QueueFull
 from gateway.spool import Spool
 from gateway.stages.ledger import Ledger
+from gateway.store import batch
 
 
 async def until(what: str, condition, seconds: float = 10.0) -> None:
@@ -261,3 +262,26 @@ async def test_the_ledgers_tick_outlives_a_fault(tmp_path):
         ledger.start(broken)
         await until("two ticks", lambda: ticks >= 2)
         await ledger.stop()
+
+
+async def test_a_fault_of_ours_in_the_writer_stops_admission_and_loses_nothing(tmp_path, monkeypatch):
+    """Whatever is wrong with a group, the writer lives on, its records are spooled, and it heals."""
+    async with stages(tmp_path) as made:
+        call = made.call()
+        await made.budget.hold(call)
+        write, faults = batch.write, []
+
+        def faulty(database, group):
+            if len(faults) < 3 and group.records:
+                faults.append(group)
+                raise ValueError("a bug")
+            return write(database, group)
+
+        monkeypatch.setattr(batch, "write", faulty)
+        await made.end(call)
+        assert not made.ledger.healthy
+        with pytest.raises(LedgerUnavailable):
+            await made.budget.hold(made.call())
+        await until("healed", lambda: made.ledger.healthy)
+        assert len(faults) == 3
+        assert made.rows("SELECT COUNT(*), SUM(prompt_tokens) FROM usage_records") == [(1, 10)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from tests.doubles.promtail import CONFIG, Promtail
@@ -136,6 +136,7 @@ def test_the_fields_of_the_edges_log_are_those_that_nginx_writes() -> None:
         assert set(re.findall(r'"(\w+)":', text.partition("log_format edge")[2].partition(";")[0])) == written
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     service=st.sampled_from(["gateway", "nginx", "vllm", "loki", "anything"]),
     lines=st.lists(

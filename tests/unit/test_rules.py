@@ -103,13 +103,6 @@ def test_recorded_series_are_named_level_metric_operation() -> None:
 
 
 @needs_promtool
-@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
-def test_promtool_rules(path: Path) -> None:
-    done = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@needs_promtool
 def test_promtool_accepts_the_configuration() -> None:
     done = subprocess.run(
         ["promtool", "check", "config", str(ROOT / "prometheus/prometheus.yml")], capture_output=True, text=True

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 import time
+import traceback
 
 import pytest
 from tests.doubles.records import record
@@ -331,3 +332,42 @@ def test_two_holds_of_one_id_in_one_group_are_both_refused(database):
     again = batch.Group(holds=[rows[1]])
     batch.write(database, again)
     assert again.known == {"one"}
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://ann:p%40ss-word-1@127.0.0.1:1/x", "postgresql://ann:p%40ss-word-1@[::1/x",
+            "postgresql://ann:p%40ss-word-1@127.0.0.1:port/x"]
+)  # fmt: skip
+def test_a_database_password_is_in_no_error(url):
+    with pytest.raises(StoreUnavailable) as failure:
+        Database(url).connect()
+    told = "".join(traceback.format_exception(failure.value))
+    assert "p%40ss-word-1" not in told
+    assert "p@ss-word-1" not in told
+
+
+async def test_a_change_does_not_wait_behind_the_calls(tmp_path):
+    """Under as many commits as the disk takes, an operator's change holds at once."""
+    async with stages(tmp_path) as made:
+        over = False
+
+        async def client() -> None:
+            while not over:
+                call = made.call()
+                await made.budget.hold(call)
+                await made.end(call)
+
+        clients = [asyncio.create_task(client()) for _ in range(64)]
+        seconds = []
+        for number in range(10):
+            began = time.monotonic()
+            values = {"name": f"n{number}"}
+            _, secret = await made.store.change(lambda db, values=values: accounts.create(db, values, "test"))
+            assert made.call(secret=secret).caller.name == f"n{number}"
+            seconds.append(time.monotonic() - began)
+        with pytest.raises(KeyNotFound):
+            await made.store.change(lambda db: accounts.delete(db, "key_x", "test"))
+        over = True
+        await asyncio.gather(*clients)
+        assert made.ledger.healthy
+        assert sorted(seconds)[5] < 1.0, seconds

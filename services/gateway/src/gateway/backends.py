@@ -111,7 +111,7 @@ class Registry:
 
     def serves(self, model: str) -> bool:
         """Whether an engine serves `model`, up or down."""
-        return any(model in backend.models for backend in self.backends)
+        return model in self._pools or any(model in backend.models for backend in self.backends)
 
     def served_name(self, backend: Backend, model: str) -> str:
         """What `backend` calls the model that callers call `model`."""

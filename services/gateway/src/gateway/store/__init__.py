@@ -191,10 +191,18 @@ class Store:
         return await asyncio.to_thread(self._session, work)
 
     async def change(self, work: Callable[[Database], T]) -> T:
-        """Run a change of keys and wait until the keys in memory have it. Raises `StoreUnavailable`."""
-        result = await asyncio.to_thread(self._session, work)
-        await self._running.submit(WORK, self._poll)
-        return result
+        """Run a change of keys and wait until the keys in memory have it. Raises `StoreUnavailable`.
+
+        It runs in the writer's thread, between two groups: on a connection of its own it would wait for the write lock
+        for as long as calls keep coming.
+        """
+
+        def change(database: Database) -> T:
+            result = work(database)
+            self._poll(database)
+            return result
+
+        return await self._running.submit(WORK, change)  # type: ignore[no-any-return]
 
     def _session(self, work: Callable[[Database], T]) -> T:
         with self._database.session() as database:

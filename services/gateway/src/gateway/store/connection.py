@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote, urlsplit
 
 import peewee
 
@@ -72,6 +73,8 @@ class Database:
                 options="-c statement_timeout=30000 -c lock_timeout=5000",
             )
         self._texts: dict[str, str] = {}
+        password = urlsplit(url).password if not self.sqlite and "[" not in url else None
+        self._hidden = [] if self.sqlite else [part for part in (url, password, unquote(password or "")) if part]
         self._failures: tuple[type[Exception], ...] = (peewee.PeeweeException, sqlite3.Error, OSError)
         if not self.sqlite:
             import psycopg  # only where it is used: it takes a while to load
@@ -105,7 +108,14 @@ class Database:
         try:
             yield
         except self._failures as error:
-            raise StoreUnavailable(f"{type(error).__name__}: {str(error)[:300]}") from error
+            # Without the cause: a driver's message may repeat the URL, and with it the password.
+            raise StoreUnavailable(f"{type(error).__name__}: {self._told(error)}") from None
+
+    def _told(self, error: Exception) -> str:
+        text = str(error)
+        for secret in self._hidden:
+            text = text.replace(secret, "********")
+        return text[:300]
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

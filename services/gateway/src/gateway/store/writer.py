@@ -18,6 +18,7 @@ from typing import Any
 from loguru import logger
 
 from gateway.call import UsageRecord
+from gateway.errors import GatewayError
 from gateway.spool import Spool
 from gateway.store import batch
 from gateway.store.connection import Database, StoreLocked, StoreUnavailable
@@ -175,13 +176,27 @@ class Writer(threading.Thread):
                     answers.append((future, payload[0] not in group.known, refusal))
                 elif kind == SETTLE:
                     answers.append((future, None, lost))
-        for kind, work, future in items:
-            if kind == WORK:
-                failure = self._guarded(partial(work, self._database))
-                if future is not None:
-                    error = None if failure is None else StoreUnavailable(self.problem or "the database refuses")
-                    answers.append((future, None, error))
+        answers += [self._work(work, future) for kind, work, future in items if kind == WORK and future is not None]
         self._answer(answers)
+
+    def _work(self, work: Callable[[Database], Any], future: Future) -> Answer:
+        """Run a change between two groups: it never has to fight them for the write lock."""
+        result: Any = None
+        refusal: GatewayError | None = None
+
+        def run() -> None:
+            nonlocal result, refusal
+            if not self._durable:
+                self._database.durable(True)
+                self._durable = True
+            try:
+                result = work(self._database)
+            except GatewayError as error:  # the change was wrong, not the database
+                refusal = error
+
+        if not self.healthy or self._guarded(run) is not None:
+            return future, None, StoreUnavailable(self.problem or "the database refuses")
+        return future, result, refusal
 
     def _commit(self, group: batch.Group) -> None:
         # Only what a client will rely on has to be on the disk; holds need to outlive this process alone.
