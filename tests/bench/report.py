@@ -118,7 +118,7 @@ def table(result: Round) -> str:
             f"{bad:,}",
             f"{start['start_seconds']:.1f}",
             f"{start['rest_mb']:.0f} / {median([taken[name]['rss_mb'] for taken in result['rounds']]):.0f}",
-            f"{idle['kb']:.0f}" if "kb" in idle else "failed",
+            f"{idle['kb']:.0f}" if "kb" in idle else "failed" if idle else "–",
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
