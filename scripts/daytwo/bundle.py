@@ -45,7 +45,14 @@ def services_and_images(mode: str) -> tuple[list[str], list[str]]:
         if name not in services:
             services.append(name)
             asked += list(described[name].get("depends_on", {}))
+    if "gateway" not in services:
+        raise PlaceError("SERVICES must have gateway: its image installs the bundle")
     return sorted(services), sorted({described[name]["image"] for name in services})
+
+
+def gateway_image(images: list[str]) -> str:
+    """The gateway's among the images of a bundle."""
+    return next(image for image in images if image.partition(":")[0].endswith("/gateway"))
 
 
 def make_images(mode: str, services: list[str], images: list[str]) -> None:
@@ -71,7 +78,7 @@ def bundle(target: Path) -> None:
     run("docker", "image", "save", "--output", target / "images.tar", *images)
     print("bundle: saving the model", flush=True)
     fetch_model(mode)
-    place = ComposePlace(project_name())
+    place = ComposePlace(project_name(), image=gateway_image(images))
     with (target / "models.tar").open("wb") as file:
         carrier = place.export(["models"])
         assert carrier.stdout is not None
@@ -109,7 +116,7 @@ def load(source: Path) -> None:
         )
     print(f"load: loading {len(described['images'])} images", flush=True)
     run("docker", "image", "load", "--quiet", "--input", source / "images.tar")
-    place = ComposePlace(project_name())
+    place = ComposePlace(project_name(), image=gateway_image(described["images"]))
     if "models" not in place.volumes():
         labels = {"project": place.project, "volume": "models"}
         words = [word for name, value in labels.items() for word in ("--label", f"com.docker.compose.{name}={value}")]

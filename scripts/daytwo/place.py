@@ -67,6 +67,7 @@ class ComposePlace:
 
     project: str
     mode: str = "compose"
+    image: str = ""  # one with Python; default: what the project's gateway runs, or ran
 
     def containers(self, all_of_them: bool = True) -> list[dict[str, object]]:
         """What `docker inspect` says of the project's containers."""
@@ -147,7 +148,8 @@ class ComposePlace:
         ]  # fmt: skip
 
     def _image(self) -> str:
-        """An image of the project that has Python: what its gateway runs, or ran."""
+        if self.image:
+            return self.image
         for one in self.containers():
             if service_of(one) == "gateway":
                 return str(one["Image"])

@@ -92,9 +92,12 @@ class Crowd:
 
 @asynccontextmanager
 async def crowd(url: str, seconds: float = 60.0) -> AsyncIterator[Crowd]:
-    """Callers with as many connections as they like."""
+    """Callers with as many connections as they like, a fresh one for each call: the gateway closes a connection on
+    which a stream broke, and a call that meets the closing would tell about the client, not about the service."""
     timeout = aiohttp.ClientTimeout(total=seconds)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout
+    ) as session:
         yield Crowd(url, session)
 
 

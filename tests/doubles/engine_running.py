@@ -53,10 +53,8 @@ class RunningEngine:
             "VLLM_PORT": str(self.port),
             "ENGINE_STATUS_PORT": str(self.status_port),
             "ENGINE_STATE_DIR": str(folder / "state"),
-            "ENGINE_RUN_MARK": "",
             **environment,
         }
-        del self.environment["ENGINE_RUN_MARK"]
         self.log = folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None
         self._shared_memory = set(os.listdir("/dev/shm"))
@@ -119,15 +117,24 @@ class RunningEngine:
         raise AssertionError(f"no {line} in /metrics")
 
     def family(self) -> list[psutil.Process]:
-        """All processes started by this engine that still live: they carry its state folder in their environment."""
-        found = []
+        """All living processes of this engine: of its sessions, or with its state folder in their environment.
+
+        vLLM's workers write their title over their environment, so the sessions once seen are remembered.
+        """
+        processes = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                theirs = process.environ()
-                marks = {theirs.get("ENGINE_STATE_DIR"), str(Path(theirs.get("PYTHONPATH", "-")).parent)}
-                if self.environment["ENGINE_STATE_DIR"] in marks and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    processes.append((process, os.getsid(process.pid), self._is_marked(process)))
+        self._sessions |= {session for process, session, marked in processes if marked and process.pid == session}
+        return [process for process, session, marked in processes if marked or session in self._sessions]
+
+    def _is_marked(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            theirs = process.environ()
+            marks = {theirs.get("ENGINE_STATE_DIR"), str(Path(theirs.get("PYTHONPATH", "-")).parent)}
+            return self.environment["ENGINE_STATE_DIR"] in marks
+        return False
 
     def one(self, part: str) -> psutil.Process:
         """The one process whose command line or name contains `part`."""

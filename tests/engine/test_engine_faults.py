@@ -116,13 +116,8 @@ def test_a_stopped_core_under_load(victim: RealEngine) -> None:
     assert ask(victim, "/v1/completions", {"prompt": "a", "max_tokens": 1})["usage"]["completion_tokens"] == 1
 
 
-def test_a_killed_core(victim: RealEngine) -> None:
-    victim.ready()
-    check_kill(victim, vllm_processes(victim)["core"])
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("role", ["api", "worker"])
+@pytest.mark.parametrize("role", ["api", "core", "worker"])
 def test_whoever_is_killed(victim: RealEngine, role: str) -> None:
     victim.ready()
     check_kill(victim, vllm_processes(victim)[role])

@@ -73,7 +73,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(environment: dict[str,
     folder = Path(environment["MODEL_CACHE_DIR"])
 
     def arrived() -> int:
-        return max((path.stat().st_size for path in folder.rglob("*.incomplete")), default=0)
+        return max((path.stat().st_size for path in folder.rglob("*.part")), default=0)
 
     try:
         assert hub.stalled.wait(60)

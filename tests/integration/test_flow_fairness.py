@@ -77,6 +77,8 @@ async def test_served_tokens_are_shared_equally_and_nothing_is_wasted(
     # Every key can use more than its share: 32 places for 200 + 5 x 20 callers.
     people_of = [(HEAVY, 200, 8), *((key, 20, 4) for key in LIGHT)]
     async with crowd(gateway.url) as people:
+        await load(people, 2.5, [(HEAVY, 10, 8), *((key, 4, 4) for key in LIGHT)])  # it learns what calls cost
+    async with crowd(gateway.url) as people:
         await load(people, seconds, people_of)
     at_rest(gateway, engine, seconds=3.0)
     async with crowd(gateway.url) as everyone:

@@ -202,6 +202,20 @@ def test_health_ready_and_metrics(gateway: GatewayProcess):
     assert rich.body.endswith(b"# EOF\n")
 
 
+def test_not_ready_names_the_cause_and_when_to_ask_again():
+    gateway = GatewayProcess(VLLM_URL="http://127.0.0.1:9").start(ready=False)
+    try:
+        answer = gateway.get("/ready", None)
+
+        assert (answer.status, answer.json["ready"], bool(answer.json["causes"])) == (503, False, True)
+        assert int(answer.headers["retry-after"]) >= 1
+        refusal = gateway.chat()
+        assert (refusal.status, refusal.code) == (503, "no_backend")
+        assert int(refusal.headers["retry-after"]) >= 1
+    finally:
+        gateway.__exit__()
+
+
 def test_a_body_above_the_limit_is_refused(engine: VllmDouble):
     with GatewayProcess(VLLM_URL=engine.url, VLLM_API_KEY="engine-secret", MAX_BODY_BYTES=2048) as gateway:
         answer = gateway.chat("x" * 4000)

@@ -2,11 +2,18 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 from tests.stack.appliance import STANDIN, Appliance, DockerMissing, stand_ins, start_docker
+
+NOTES: list[str] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a reader of the result must know, where output is not captured."""
+    for note in NOTES:
+        terminalreporter.write_line(note)
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +27,7 @@ def docker() -> Iterator[list[str]]:
         pytest.skip(f"Docker cannot run here: {missing}")
     left_out = stand_ins()
     if left_out:
-        sys.__stdout__.write(
-            f"\nstack: left out, no registry answers and Debian has no package: {' '.join(left_out)}\n"
-        )
+        NOTES.append(f"stack: left out, no registry answers and Debian has no package: {' '.join(left_out)}")
     yield left_out
     if started:
         subprocess.run([STANDIN, "stop"], check=True, timeout=300)
@@ -37,7 +42,7 @@ def appliance(docker: list[str], tmp_path_factory: pytest.TempPathFactory) -> It
             one.give_ledger_a_disk(tmp_path_factory.mktemp("disk") / "ledger")
         built = one.build()
         started = one.up()
-        sys.__stdout__.write(f"\nstack: images built in {built:.0f} s, serving {started:.0f} s after `up`\n")
+        NOTES.append(f"stack: images built in {built:.0f} s, serving {started:.0f} s after `up`")
         one.key = str(one.create_key("proof")["secret"])
         yield one
     finally:

@@ -125,6 +125,33 @@ def test_tokens_are_shared_equally_between_a_heavy_key_and_light_ones() -> None:
     assert jain(served) >= 0.95, served
 
 
+def test_a_key_that_asks_for_far_more_than_it_uses_gets_no_credit_by_it() -> None:
+    """The heavy key asks for 4,000 tokens a call and uses 60; it was alone before the others came."""
+
+    async def main() -> tuple[World, dict[str, int]]:
+        world = fair_world()()
+
+        async def greedy() -> None:
+            while True:
+                made = call("heavy", 100, 4000)
+                await world.room.enter(made)
+                await asyncio.sleep(1.0)
+                world.tally["heavy"].tokens += 160
+                world.room.leave(used(made, 100, 60))
+
+        tasks = [asyncio.create_task(greedy()) for _ in range(200)]
+        await asyncio.sleep(20.0)
+        tasks += [asyncio.create_task(world.caller("light", world.sizes(100, 60))) for _ in range(40)]
+        await asyncio.sleep(1.0)
+        before = {key: tally.tokens for key, tally in world.tally.items()}
+        await asyncio.sleep(10.0)
+        return world, before
+
+    world, before = run_virtual(main())
+    gained = {key: tally.tokens - before.get(key, 0) for key, tally in world.tally.items()}
+    assert gained["light"] >= 0.8 * gained["heavy"], gained
+
+
 def test_tokens_are_shared_by_weight() -> None:
     async def main() -> World:
         world = World(capacity(engine_concurrency=8, queue_calls=256))

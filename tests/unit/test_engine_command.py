@@ -25,8 +25,8 @@ def test_the_default_on_two_gpus() -> None:
     assert line(GPU) == (
         "/usr/bin/python3 -m vllm.entrypoints.openai.api_server --model /models/Qwen/Qwen3-8B --served-model-name "
         f"Qwen/Qwen3-8B default --host 127.0.0.1 --port 8000 {ALWAYS} --tensor-parallel-size 2 "
-        "--pipeline-parallel-size 1 --shutdown-timeout 30 --disable-uvicorn-access-log --gpu-memory-utilization 0.9 "
-        "--max-num-queued-reqs 512 --enable-prefix-caching"
+        "--pipeline-parallel-size 1 --shutdown-timeout 30 --disable-uvicorn-access-log --fingerprint-mode none "
+        "--gpu-memory-utilization 0.9 --max-num-queued-reqs 512 --enable-prefix-caching"
     )
 
 
@@ -34,7 +34,8 @@ def test_the_default_on_cpu() -> None:
     assert line(CPU) == (
         "/venv/bin/python -m vllm.entrypoints.openai.api_server --model /models/SmolLM2 --served-model-name SmolLM2 "
         f"--host 127.0.0.1 --port 8000 {ALWAYS} --tensor-parallel-size 1 --pipeline-parallel-size 1 "
-        "--shutdown-timeout 30 --disable-uvicorn-access-log --max-num-queued-reqs 512 --enable-prefix-caching"
+        "--shutdown-timeout 30 --disable-uvicorn-access-log --fingerprint-mode none --max-num-queued-reqs 512 "
+        "--enable-prefix-caching"
     )
 
 

@@ -371,3 +371,22 @@ async def test_a_change_does_not_wait_behind_the_calls(tmp_path):
         await asyncio.gather(*clients)
         assert made.ledger.healthy
         assert sorted(seconds)[5] < 1.0, seconds
+
+
+async def test_an_answer_that_could_not_be_recorded_in_time_is_not_booked_as_whole(tmp_path):
+    async with stages(tmp_path) as made:
+        (tmp_path / "usage.spool").mkdir()  # the spool cannot be written
+        locker = sqlite3.connect(tmp_path / "gateway.sqlite3", isolation_level=None)
+        locker.execute("BEGIN EXCLUSIVE")
+        try:
+            with pytest.raises(StoreUnavailable):
+                await made.store.settle(record("r1", outcome="ok"))
+        finally:
+            locker.execute("ROLLBACK")
+            locker.close()
+            (tmp_path / "usage.spool").rmdir()
+        began = time.monotonic()
+        while not (rows := made.rows("SELECT outcome, code, status FROM usage_records")):
+            assert time.monotonic() - began < 10, "the record was lost"
+            await asyncio.sleep(0.02)
+        assert rows == [("failed", "ledger_unavailable", 503)]

@@ -100,9 +100,9 @@ def routes(gateway: Gateway) -> Quart:
         return {"status": "ok"}
 
     @app.get("/ready")
-    async def ready() -> tuple[dict[str, Any], int]:
+    async def ready() -> tuple[dict[str, Any], int, dict[str, str]]:
         causes = gateway.causes()
-        return {"ready": not causes, "causes": causes}, 503 if causes else 200
+        return {"ready": not causes, "causes": causes}, 503 if causes else 200, {"retry-after": "2"} if causes else {}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -22,8 +22,10 @@ Pool = tuple[Any, ...]  # the engines that can serve a call
 class Ticket:
     """One call that waits, or has been given a place. `cost` in tokens; `rank` 0 is the best class."""
 
-    __slots__ = ("account", "backend", "call", "cost", "entered", "granted", "key", "number", "pool", "probe", "rank",
-                 "waiter", "weight")  # fmt: skip
+    __slots__ = (
+        "account", "backend", "calibration", "call", "cost", "entered", "granted", "key", "number", "pool", "probe",
+        "rank", "waiter", "weight",
+    )  # fmt: skip
 
     def __init__(self, key: str, cost: float, weight: int, rank: int, pool: Pool, call: Any = None) -> None:
         self.key = key
@@ -37,6 +39,7 @@ class Ticket:
         self.granted: float | None = None
         self.account: Account | None = None  # where the cost was booked
         self.backend: Any = None
+        self.calibration = 1.0  # the factor in `cost` by which guesses were corrected when it came
         self.probe = False  # whether it is the probe of a half-open breaker
         self.waiter: Any = None  # what to wake, for the shell
 

@@ -142,6 +142,8 @@ class Pipeline:
                 raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
         if call.endpoint.multipart:
             request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
+        elif len(raw) > wire.LARGE_BYTES:
+            request = await asyncio.to_thread(wire.parse, call.endpoint, raw, self._caps)
         else:
             request = wire.parse(call.endpoint, raw, self._caps)
         wanted = client.headers.text(b"x-priority")

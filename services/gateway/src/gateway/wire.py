@@ -114,6 +114,9 @@ STRIPPED = frozenset(
 # instructions and indenting.
 TEMPLATE_TOKENS = 128
 TOOL_TEMPLATE_TOKENS = 512
+# Larger bodies are parsed and built in a thread: several passes over 20 MB, one after the other, would hold up every
+# stream; with a thread the event loop gets a turn after each pass.
+LARGE_BYTES = 1_048_576
 BYTES_PER_TOKEN = 4  # a usual text; only for estimates
 
 

@@ -35,6 +35,7 @@ def argv(settings: Settings, place: Place) -> list[str]:
     words += ["--tensor-parallel-size", str(place.tp), "--pipeline-parallel-size", str(settings.pp_size)]
     words += ["--shutdown-timeout", str(settings.engine_drain_seconds)]
     words.append("--disable-uvicorn-access-log")  # the gateway logs every call; here it would be mostly our probes
+    words += ["--fingerprint-mode", "none"]  # the version is nobody's business, and streams come out alike
     if place.device == "gpu":
         words += ["--gpu-memory-utilization", f"{settings.gpu_memory_utilization:g}"]
     valued = {

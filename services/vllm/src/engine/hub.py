@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 MARGIN_BYTES = 1 << 30  # left free beside the model: a full disk breaks more than the download
 # Weights in other formats than safetensors would be downloaded twice over and never read.
@@ -93,8 +94,6 @@ def look_up(name: str, revision: str | None, token: str | None) -> RemoteModel:
 
 def download(model: RemoteModel, target: Path, token: str | None, say: Callable[[str], None]) -> None:
     """Bring all files to `target`, going on where an earlier attempt stopped, then check them. Raises `HubError`."""
-    from huggingface_hub import hf_hub_download
-
     missing = [file for file in model.files if not _is_whole(target / file.path, file)]
     need_space(target, sum(file.size for file in missing), model.name)
     total = sum(file.size for file in model.files)
@@ -102,13 +101,42 @@ def download(model: RemoteModel, target: Path, token: str | None, say: Callable[
     for number, file in enumerate(missing, 1):
         say(f"{model.name}: file {number} of {len(missing)}, {file.path}, {_size(file.size)} ({_share(done, total)})")
         with _readable_errors(model.name):
-            hf_hub_download(model.name, file.path, revision=model.commit, local_dir=target, token=token or False)
+            _download_file(model, file, target, token)
         if not _is_whole(target / file.path, file):
             with _readable_errors(model.name):
                 (target / file.path).unlink()
             raise HubError(f"{file.path} of {model.name} arrived damaged and was removed: fetch again")
         done += file.size
     say(f"{model.name}: {len(model.files)} files, {_size(total)}, checked")
+
+
+def _download_file(model: RemoteModel, file: RemoteFile, target: Path, token: str | None) -> None:
+    """One file, from where its `.part` ends. The library's own download begins a file anew in each process."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    path = target / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    url = hf_hub_url(model.name, file.path, revision=model.commit)
+    sent: dict[str, str] = dict(build_hf_headers(token=token or False))
+    location = get_hf_file_metadata(url, token=token or False).location
+    if urlsplit(location).netloc != urlsplit(url).netloc:
+        sent.pop("authorization", None)  # the store behind the hub has its own, in the address
+    if part.is_file() and part.stat().st_size > file.size:
+        part.unlink()
+    with part.open("ab") as stream:
+        if stream.tell() < file.size:
+            http_get(
+                location,
+                stream,
+                resume_size=stream.tell(),
+                headers=sent,
+                expected_size=file.size,
+                displayed_filename=file.path,
+            )
+    part.rename(path)
 
 
 def headers(name: str, revision: str | None, token: str | None) -> tuple[dict[str, Any], int]:

@@ -78,9 +78,9 @@ def is_present(folder: Path) -> bool:
     """Whether the model is there, whole: marked so by `engine fetch`, or put there by hand with its weights."""
     if (folder / embedded.COMPLETE).is_file():
         return True
-    # A download in progress leaves its own marks; whoever copies a folder leaves none.
-    fetched = (folder / ".cache" / "huggingface").is_dir()
-    return not fetched and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    # A download in progress has parts, or checked files beside missing ones; whoever copies a folder leaves neither.
+    fetching = any(folder.glob("*.part")) or any(folder.glob(".*.sha256"))
+    return not fetching and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def found(settings: Settings) -> Place:

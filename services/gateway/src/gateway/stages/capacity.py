@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RANK = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 PRIORITIES = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
+LEARNING = 0.05  # weight of the newest call in what is expected of the next
 FIRST_OUTPUT_GUESS = 256.0  # tokens of an answer that nothing bounds, until some have been seen
 RESERVE_PART, RESERVE_SECONDS = 4, 10.0  # a quarter of the room
 _MARKED_BYTES = 2048
@@ -51,7 +52,8 @@ class Capacity:
         self.room = WaitingRoom(settings.queue_calls, settings.queue_tokens, settings.queue_seconds)
         self._rate = DrainRate(settings.engine_concurrency * len(registry.backends))
         self._promises = Promises()
-        self._typical_output = FIRST_OUTPUT_GUESS
+        self._typical_output = FIRST_OUTPUT_GUESS  # tokens of one generated sequence
+        self._calibration = 1.0  # what calls cost, to what was expected
         self._reserve_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         registry.on_change = self.pump
@@ -71,8 +73,9 @@ class Capacity:
         rank = RANK[caller.priority]
         if request.priority is not None:
             rank = max(rank, RANK[request.priority])
-        cost = float(request.prompt_estimate + (self._typical_output if output is None else output))
+        cost = self._expected(request.prompt_estimate, output, request.n)
         ticket = Ticket(caller.key_id, cost, max(1, caller.weight), rank, pool, call)
+        ticket.calibration = self._calibration
         if not call.endpoint.metered:
             self._bypass(ticket, now)
         else:
@@ -81,6 +84,12 @@ class Capacity:
             if not self._admit(ticket, now):
                 await self._wait(ticket, now)
         call.enter("dispatch")
+
+    def _expected(self, prompt: int, output: int | None, n: int) -> float:
+        """Tokens that a call will probably cost. Upper bounds would do harm: they are given back at the end, which
+        would be credit over the keys that came in meanwhile."""
+        typical = self._typical_output * n
+        return max(1.0, (prompt + (typical if output is None else min(output, typical))) * self._calibration)
 
     def _bypass(self, ticket: Ticket, now: float) -> None:
         """Calls that the engine answers without its batch (tokenize, count_tokens) need an engine, but no place."""
@@ -255,8 +264,12 @@ class Capacity:
         self._rate.left(ticket.granted)
         if usage.known:  # a call that failed says nothing about how long calls take
             self._rate.served(now - ticket.granted, used)
+            # Against the guess as it was before calibration: a call may have waited while that changed.
+            ratio = min(4.0, max(0.1, used * ticket.calibration / ticket.cost))
+            self._calibration += (ratio - self._calibration) * LEARNING
             if usage.completion:
-                self._typical_output += (usage.completion - self._typical_output) * 0.02
+                sequence = usage.completion / max(1, call.request.n if call.request is not None else 1)
+                self._typical_output += (sequence - self._typical_output) * LEARNING
         if ticket.backend is not None:
             self._vacate(ticket)
         ticket.call = None

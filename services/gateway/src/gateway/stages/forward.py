@@ -179,7 +179,11 @@ class Forward:
                 body = request.raw
                 content_type = client.headers.text(b"content-type")
             else:
-                body = wire.payload(request, self._registry.served_name(backend, request.model))
+                served = self._registry.served_name(backend, request.model)
+                if request.body_bytes > wire.LARGE_BYTES:
+                    body = await asyncio.to_thread(wire.payload, request, served)
+                else:
+                    body = wire.payload(request, served)
                 content_type = "application/json"
             headers = {"content-type": content_type, "x-request-id": call.request_id}
             if backend.api_key:

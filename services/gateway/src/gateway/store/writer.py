@@ -11,14 +11,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from loguru import logger
 
-from gateway.call import UsageRecord
-from gateway.errors import GatewayError
+from gateway.call import Outcome, UsageRecord
+from gateway.errors import GatewayError, LedgerUnavailable
 from gateway.spool import Spool
 from gateway.store import batch
 from gateway.store.connection import Database, StoreLocked, StoreUnavailable
@@ -221,7 +222,7 @@ class Writer(threading.Thread):
         try:
             self._spool.append([*self._unkept, *records])
         except OSError as error:
-            self._unkept += records
+            self._unkept += [_broken_off(record) for record in records]
             logger.error("spool_refused", error=str(error), records=len(self._unkept))
             return False
         self._unkept.clear()
@@ -253,6 +254,13 @@ class Writer(threading.Thread):
         self._retry_seconds = _RETRY_SECONDS
         self.healthy = True
         logger.info("database_healed", records=replayed)
+
+
+def _broken_off(record: UsageRecord) -> UsageRecord:
+    """The record of an answer whose end its caller did not get, because it could not be recorded in time."""
+    if record.outcome != Outcome.OK:
+        return record
+    return replace(record, outcome=Outcome.FAILED, code=LedgerUnavailable.code, status=LedgerUnavailable.status)
 
 
 def _resolve(answers: list[Answer]) -> None:

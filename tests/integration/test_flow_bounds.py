@@ -1,0 +1,223 @@
+"""What strange callers may cost: a slow reader, a crowd that connects and drops, a huge body, random bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.doubles.flow_site import PATHS, Wire, asking, at_rest, ledger, query
+from tests.doubles.gateway import KEY, GatewayProcess
+from tests.doubles.vllm import VllmDouble, wait_until
+
+MEGABYTE = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[VllmDouble]:
+    with VllmDouble(max_model_len=1_000_000) as double:
+        yield double
+
+
+@pytest.fixture(scope="module")
+def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
+    with GatewayProcess(VLLM_URL=engine.url) as running:
+        yield running
+
+
+def process_of(gateway: GatewayProcess) -> psutil.Process:
+    assert gateway.process is not None
+    return psutil.Process(gateway.process.pid)
+
+
+def memory(gateway: GatewayProcess) -> float:
+    """Resident megabytes."""
+    return process_of(gateway).memory_info().rss / MEGABYTE
+
+
+def test_a_reader_that_stops_costs_a_bounded_buffer_and_slows_only_itself(
+    gateway: GatewayProcess, engine: VllmDouble
+) -> None:
+    """The engine would send 400 MB; a reader that takes nothing holds it back."""
+    gateway.chat("double:tokens=200,token_bytes=2000", stream=True)
+    before = memory(gateway)
+    body = asking("chat", "tokens=4000,token_bytes=100000", stream=True)
+    readers = [
+        Wire(gateway.port, PATHS["chat"], body, receive_buffer=4096, request_id=f"slow-reader-{n}") for n in range(5)
+    ]
+    sent = -1
+
+    def stalled() -> bool:
+        nonlocal sent
+        last, sent = sent, engine.state()["generation_tokens"]
+        return sent > 0 and sent == last
+
+    wait_until("the engine is held back", stalled, 20.0, every=0.5)
+    quick = gateway.chat("double:tokens=50", stream=True)
+
+    assert quick.body.endswith(b"[DONE]\n\n")
+    assert memory(gateway) - before < 5 * 8, "megabytes for five readers"
+    for reader in readers:
+        reader.close("rst")
+    at_rest(gateway, engine)
+    assert ledger(gateway, "slow-reader-0")["outcome"] == "cancelled"
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.long)])
+def test_connect_and_drop_leaves_descriptors_threads_and_memory_where_they_were(
+    gateway: GatewayProcess, engine: VllmDouble, count: int
+) -> None:
+    def round_of(calls: int) -> None:
+        chance = random.Random(calls)
+        body = asking("chat", "tokens=50,pace_ms=10", stream=True)
+        for number in range(calls):
+            call = Wire(gateway.port, PATHS["chat"], body)
+            if number % 3 == 1:
+                call.read_until(b"data: ")
+            call.close(chance.choice(["fin", "rst"]))
+        for _ in range(calls // 4):  # … and some that never finish their head
+            raw = socket.create_connection(("127.0.0.1", gateway.port))
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthor")
+            raw.close()
+        at_rest(gateway, engine, seconds=5.0)
+
+    round_of(count)  # caches fill, pools open
+    process = process_of(gateway)
+    wait_until("idle engine connections are closed", lambda: len(process.net_connections()) < 20, 15.0)
+    before = (process.num_fds(), process.num_threads(), memory(gateway))
+
+    round_of(count)
+
+    wait_until("descriptors are as before", lambda: process.num_fds() <= before[0] + 5, 15.0)
+    assert process.num_threads() <= before[1] + 1
+    assert memory(gateway) - before[2] < 8, "megabytes"
+
+
+def test_a_20_mb_body_with_images_does_not_hold_up_other_streams(engine: VllmDouble, tmp_path: Path) -> None:
+    """The pause that the body makes in another stream, against the same pauses without it."""
+    image = "data:image/png;base64," + "A" * (19 * MEGABYTE // 4)
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image}} for _ in range(4)]
+    large = {"model": "large", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "what?"}]}]}
+    file = tmp_path / "large.json"
+    file.write_text(json.dumps({**large, "max_tokens": 2}))
+    with VllmDouble(model="large", max_model_len=100_000) as other:  # the double reads 20 MB as slowly as it can
+        backends = [
+            {"name": "small", "url": engine.url, "models": ["double"]},
+            {"name": "large", "url": other.url, "models": ["large"]},
+        ]
+        with GatewayProcess(BACKENDS=json.dumps(backends)) as gateway:
+            quiet, disturbed = pauses(gateway, None), pauses(gateway, file)
+    assert max(disturbed) < max(quiet) + BODY_PAUSE_SECONDS, (max(quiet), max(disturbed))
+
+
+def pauses(gateway: GatewayProcess, file: Path | None) -> list[float]:
+    """Seconds between the pieces of a stream, while `file` is sent as another call."""
+    body = asking("chat", "tokens=250,pace_ms=10", stream=True)
+    arrivals = []
+    sender = None
+    with Wire(gateway.port, PATHS["chat"], body) as stream:
+        while b"[DONE]" not in stream.received[-200:]:
+            part = stream.socket.recv(65536)
+            assert part
+            stream.received += part
+            arrivals.append(time.monotonic())
+            if file is not None and sender is None and len(arrivals) > 20:
+                sender = send_in_background(gateway, file)
+        if sender is not None:
+            assert sender.wait(30) == 0
+    return [later - earlier for earlier, later in itertools.pairwise(arrivals)]
+
+
+# 20 ms on a quiet machine; the process that sends 20 MB, and whatever else runs, competes for the same processors.
+BODY_PAUSE_SECONDS = 0.02 + 0.1 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def send_in_background(gateway: GatewayProcess, file: Path) -> subprocess.Popen[bytes]:
+    """Send the file from another process; its exit status is 0 when the answer was 200."""
+    program = (
+        "import http.client,sys; c=http.client.HTTPConnection('127.0.0.1',int(sys.argv[1]),timeout=30);"
+        "c.request('POST','/v1/chat/completions',open(sys.argv[3],'rb').read(),"
+        "{'content-type':'application/json','authorization':'Bearer '+sys.argv[2]});"
+        "r=c.getresponse();r.read();sys.exit(r.status!=200)"
+    )
+    return subprocess.Popen([sys.executable, "-c", program, str(gateway.port), KEY, str(file)])
+
+
+# Random bodies, near to real ones
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+)
+FIELDS = st.sampled_from(
+    ["messages", "prompt", "input", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n",
+     "best_of", "logprobs", "top_logprobs", "tools", "priority", "documents", "query", "system", "stop", "temperature"]
+)  # fmt: skip
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(FIELDS, JSON, max_size=6).map(
+        lambda fields: json.dumps(
+            {"model": "double", "messages": [{"role": "user", "content": "x"}], **fields}
+        ).encode()
+    ),
+)
+ROUTES = [*PATHS.values(), "/v1/rerank", "/v1/score", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens",
+          "/v1/audio/transcriptions"]  # fmt: skip
+
+
+def random_bodies(gateway: GatewayProcess, examples: int) -> None:
+    seen: set[int] = set()
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.sampled_from(ROUTES), BODIES)
+    def check(path: str, body: bytes) -> None:
+        answer = gateway.post(path, body)
+        seen.add(answer.status)
+        if answer.status >= 500:
+            # The double crashes on what vLLM would refuse; the gateway says so and is not to blame.
+            assert answer.status == 502, (path, body, answer.body)
+            assert answer.code == "upstream_error"
+        if answer.status != 200:
+            assert {"message", "type", "code", "param"} <= set(answer.json["error"]), (path, body, answer.body)
+
+    check()
+    assert 400 in seen
+
+
+def test_random_bodies_are_refused_and_never_break_anything(gateway: GatewayProcess, engine: VllmDouble) -> None:
+    random_bodies(gateway, 300)
+
+    assert gateway.chat().status == 200
+    at_rest(gateway, engine, seconds=3.0)
+    assert not [line for line in gateway.lines if line.get("level") in ("ERROR", "CRITICAL")]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_ten_thousand_random_bodies(gateway: GatewayProcess, engine: VllmDouble) -> None:
+    random_bodies(gateway, 1000)
+    before = memory(gateway)
+    random_bodies(gateway, 10_000)
+
+    at_rest(gateway, engine, seconds=3.0)
+    assert memory(gateway) - before < 16
+    assert gateway.chat().status == 200
+
+
+def test_the_ledger_has_each_of_these_calls_once(gateway: GatewayProcess) -> None:
+    rows = query(gateway, "SELECT COUNT(*) AS n, COUNT(DISTINCT request_id) AS ids FROM usage_records")[0]
+
+    assert rows["n"] == rows["ids"] > 100
