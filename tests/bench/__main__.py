@@ -10,6 +10,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -97,6 +99,7 @@ def main() -> None:
     for tool in ("wrk", "taskset", "cc"):
         if shutil.which(tool) is None:
             parser.error(f"{tool} is missing (Debian: apt-get install wrk util-linux gcc)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also then nothing may be left running
     machine.STATE.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=machine.STATE))
     folder.chmod(0o755)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import time
@@ -102,7 +103,7 @@ def streams(target: Target, double: Process, count: int, pace_ms: int, seconds: 
     return {
         "events_s": said["events"] / said["seconds"],
         "cpu_percent": used.cpu / used.wall * 100,
-        "cpu_us_event": used.cpu / max(1, said["events"]) * 1e6,
+        "cpu_us_event": used.cpu / said["events"] * 1e6 if said["events"] else math.nan,
         "ttft_p50_ms": said["ttft_ms"]["p50"],
         "ttft_p99_ms": said["ttft_ms"]["p99"],
         "gap_p50_ms": said["gap_ms"]["p50"],

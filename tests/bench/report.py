@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ def median(numbers: list[float]) -> float:
 
 def spread(numbers: list[float], form: str = ",.0f") -> str:
     """The median and in brackets the range."""
-    if not numbers:
+    if not numbers or any(math.isnan(number) for number in numbers):
         return "–"
     if len(numbers) == 1:
         return format(numbers[0], form)
@@ -114,7 +115,7 @@ def table(result: Round) -> str:
             f"{median(values(result, name, paced, 'cpu_percent')):.0f} %",
             f"{added[0]:.2f} / {added[1]:.2f}",
             f"{added[2]:.2f}",
-            f"{median(values(result, name, paced, 'cpu_us_event')):.1f}",
+            spread([median(values(result, name, paced, "cpu_us_event"))], ".1f"),
             f"{bad:,}",
             f"{start['start_seconds']:.1f}",
             f"{start['rest_mb']:.0f} / {median([taken[name]['rss_mb'] for taken in result['rounds']]):.0f}",
@@ -145,7 +146,7 @@ def ratios(result: Round) -> str:
 def bars(title: str, unit: str, numbers: list[tuple[str, float]]) -> str:
     """A bar chart as SVG."""
     width, row = 760, 26
-    top = max((number for _, number in numbers), default=1.0) or 1.0
+    top = max((number for _, number in numbers if not math.isnan(number)), default=1.0) or 1.0
     parts = [
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{50 + row * len(numbers)}" '
@@ -155,7 +156,7 @@ def bars(title: str, unit: str, numbers: list[tuple[str, float]]) -> str:
     ]
     for index, (label, number) in enumerate(numbers):
         y = 40 + index * row
-        length = max(1.0, number / top * 380)
+        length = 1.0 if math.isnan(number) else max(1.0, number / top * 380)
         colour = "#c4472d" if "this gateway" in label else "#7a8da6"
         parts.append(
             f'<text x="10" y="{y + 15}">{label}</text><rect x="270" y="{y + 2}" width="{length:.0f}" height="17" '
@@ -175,7 +176,6 @@ def growth(result: Round) -> str:
              ('<rect width="100%" height="100%" fill="white"/><text x="10" y="24" font-size="16">JSON calls a second by '
              'connections (both axes logarithmic)</text>')]  # fmt: skip
     low = 10.0
-    import math
 
     def y(number: float) -> float:
         return 330 - 280 * (math.log10(max(number, low)) - 1) / (math.log10(top) - 1)

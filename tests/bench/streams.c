@@ -16,7 +16,7 @@
 
 struct conn {
     int fd, status, header, chunk, body_at, done_headers, size_digits, in_trailer, events, active, tail;
-    char line[8192];
+    char line[8192], last;
     int line_len;
     double sent_at, last_at, start_at;
 };
@@ -49,6 +49,7 @@ static int dial(int poll_fd, struct conn *c) {
 }
 static void begin(struct conn *c) {
     c->status = c->chunk = c->body_at = c->done_headers = c->line_len = c->events = c->in_trailer = c->tail = 0;
+    c->last = 0;
     c->active = 1;
     c->sent_at = now();
     c->last_at = 0;
@@ -65,8 +66,10 @@ static void body(struct conn *c, const char *data, int len, double when) {
         if (c->body_at + len > expected_len || memcmp(expected + c->body_at, data, len)) c->tail = -1;
         c->body_at += len;
     }
-    for (int i = 0; i + 1 < len; i++)
-        if (data[i] == '\n' && data[i + 1] == '\n') c->events++, events_seen++;
+    for (int i = 0; i < len; i++) {  // an empty line ends an event; it may come in a piece of its own
+        if (data[i] == '\n' && c->last == '\n') c->events++, events_seen++;
+        c->last = data[i];
+    }
 }
 // Returns 1 when the answer is complete, -1 when it cannot be read.
 static int feed(struct conn *c, const char *data, int len, double when) {
