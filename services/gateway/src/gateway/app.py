@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 5.0
 RECONCILE_SECONDS = 5.0
+TELEMETRY_SECONDS = 3.0  # what the trace collector gets at the end
 _TOKEN_COUNTERS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
 
 
@@ -93,9 +95,11 @@ class Gateway:
 
     async def _finish(self, call: Call) -> None:
         """Everything about a whole answer that must be done before its last bytes leave."""
+        call.enter("ledger")
         await self.ledger.settle(call)
         self.budget.release(call)
         self.capacity.leave(call)
+        call.enter("forward")
 
     def blueprints(self) -> list[Blueprint]:
         """The routes for keys, usage and the queue."""
@@ -212,7 +216,10 @@ class Gateway:
         await self.ledger.stop()
         await self.store.close()
         await self.upstream.close()
-        await asyncio.to_thread(self.telemetry.close)
+        # A mute collector must not hold up the end: what it did not take within this time is dropped.
+        closing = threading.Thread(target=self.telemetry.close, name="telemetry-close", daemon=True)
+        closing.start()
+        await asyncio.to_thread(closing.join, TELEMETRY_SECONDS)
 
 
 async def _run(settings: Settings, writer: LineWriter) -> None:
