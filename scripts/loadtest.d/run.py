@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,24 @@ def first_of(*candidates: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def own_key() -> str:
+    """A key made for this run in the appliance that runs here; it ends an hour after the run."""
+    now = datetime.now(UTC)
+    ends = now + timedelta(seconds=positive("DURATION", "60") + 3600)
+    name = now.strftime("loadtest-%Y%m%d-%H%M%S")
+    argv = ["scripts/keys", "create", "--name", name, "--expires-at", ends.isoformat(timespec="seconds"), "--json"]
+    made = subprocess.run(argv, capture_output=True, text=True, check=False)
+    try:
+        return str(json.loads(made.stdout)["secret"])
+    except (ValueError, KeyError):
+        raise fail("API_KEY is not set, and no key could be made: is the appliance up? (make status)") from None
+
+
 def target() -> tuple[str, str, Path | None]:
     """URL, key and certificate: given, or those of the appliance that `make up` started on this machine."""
     url = (os.environ.get("URL") or f"https://127.0.0.1:{os.environ.get('HTTPS_PORT') or 8443}").rstrip("/")
     key = os.environ.get("API_KEY") or os.environ.get("KEY") or ""
-    if not key and (found := first_of(STATE / "first-key", STATE / "first_key", STATE / "secrets/first_key")):
-        key = found.read_text().strip()
-    if not key:
-        raise fail("API_KEY is not set: give a key of the gateway (`gateway keys create --name loadtest`)")
+    key = key or own_key()
     given = os.environ.get("CA_FILE")
     if given and not Path(given).is_file():
         raise fail(f"CA_FILE names {given}, which is not a file")
