@@ -1,11 +1,15 @@
 """Who is calling: which header counts, what is refused, and what is never repeated."""
 
+import contextlib
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.doubles.stages import Clock
 
 from gateway.call import Call
+from gateway.client import Headers
 from gateway.errors import GatewayError, InvalidApiKey, KeyDisabled, KeyExpired, LedgerUnavailable, MissingApiKey
 from gateway.keyring import Keyring
 from gateway.keys import Key, Secret, digest_of
@@ -121,3 +125,24 @@ def test_who_stops_being_valid_is_told(ring):
     # Revoked at once: the running calls can only have used what is gone.
     ring.put("key_1", Secret(digest_of(b"sk-newer-0123456789"), "key_1", 0, None))
     assert [type(cause) for _, cause in told] == [InvalidApiKey]
+
+
+def test_the_time_of_a_refusal_says_nothing_about_how_much_of_a_key_was_right(ring):
+    """Guesses that share nothing, half, or all but one character with a real key take the same time.
+
+    Interleaved, and the quickest of many: what other programs on the machine do only ever adds.
+    """
+    guesses = [b"x" * len(GOOD), GOOD[: len(GOOD) // 2] + b"x" * (len(GOOD) - len(GOOD) // 2), GOOD[:-1] + b"x"]
+    headers = [Headers([(b"authorization", b"Bearer " + guess)]) for guess in guesses]
+    call = Call("r", ENDPOINTS["/v1/chat/completions"], "/v1/chat/completions", "ip")
+
+    def once(sent: Headers) -> int:
+        began = time.perf_counter_ns()
+        for _ in range(100):
+            with contextlib.suppress(InvalidApiKey):
+                ring.auth.identify(call, sent)
+        return time.perf_counter_ns() - began
+
+    quickest = [min(times) for times in zip(*([once(sent) for sent in headers] for _ in range(60)), strict=True)]
+
+    assert max(quickest) < 1.25 * min(quickest)
