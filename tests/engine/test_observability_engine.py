@@ -1,4 +1,4 @@
-"""The real engine under its supervisor, watched: rules find their families, and no alert fires while all is well."""
+"""Every query that speaks of vLLM or its supervisor, asked while the real engine answers calls."""
 
 import re
 from collections.abc import Iterator
@@ -13,6 +13,13 @@ from tests.doubles.supervised import needs_engine, supervised
 
 pytestmark = [needs_engine, needs_nginx, needs_prometheus, pytest.mark.timeout(400)]
 
+# What even the real engine does not show in a minute of good health, with the reason.
+WELL = "empty while all is well"
+QUIET = {
+    "Engine: Rejections by reason": "a series is born with the first rejection",
+    "Every board: annotation Engine restarts": WELL,
+}
+
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
@@ -23,12 +30,26 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         running.traffic(15)
         recorded = "engine:prefix_cache_hits_per_queries:ratio_rate5m >= 0"
         wait_until("the recordings have values", lambda: running.prometheus.query(recorded), 30)
+        canaries = "rate(engine_canary_seconds_count[1m]) > 0"  # sent while the engine is idle
+        wait_until("canaries are counted", lambda: running.prometheus.query(canaries), 60)
         yield running
 
 
 def of_the_engine(family: str) -> bool:
     """Whether vLLM or the supervisor exports it, or it is recorded from theirs."""
     return family.startswith(("vllm:", "engine_", "engine:"))
+
+
+def test_every_query_about_the_engine_gives_data(stack: Monitored) -> None:
+    asked = [
+        one
+        for one in queries.asked("1m")
+        if one.source == "prometheus"
+        and one.name not in QUIET
+        and (one.board == "Engine" or any(map(of_the_engine, families(one.expr))))
+    ]
+    assert len(asked) > 35
+    assert [f"{one.name}: {one.expr}" for one in asked if stack.prometheus.empty(one.expr)] == []
 
 
 def test_every_family_of_rules_about_the_engine_is_exported(stack: Monitored) -> None:
