@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import shutil
@@ -57,10 +58,10 @@ def test_it_serves_and_takes_over_a_new_certificate(folder: Path) -> None:
     }
     process = subprocess.Popen(["/bin/sh", ROOT / "nginx/start.sh"], env=environment, start_new_session=True)
     try:
-        wait_until("nginx listens", lambda: accepts(https))
         expected = [v for v in nginx_conf.RENDERED_FOR if v <= nginx_version()[0]][-1]
-        running = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode()
-        assert f"nginx-{'.'.join(map(str, expected))}.conf" in running
+        name = f"nginx-{'.'.join(map(str, expected))}.conf"
+        command = Path(f"/proc/{process.pid}/cmdline")  # start.sh becomes nginx
+        wait_until(f"nginx listens with {name}", lambda: name in command.read_text() and accepts(https))
         chain, key = certificate.self_signed(("second.test",), dt.datetime.now(dt.UTC))
         own = folder / "own"
         own.mkdir()
@@ -80,7 +81,8 @@ def test_it_serves_and_takes_over_a_new_certificate(folder: Path) -> None:
     finally:
         process.send_signal(signal.SIGQUIT)
         process.wait(10)
-        os.killpg(process.pid, signal.SIGKILL)  # the watching loop; its sleep would end it at the next turn
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the watching loop; its sleep would end it at the next turn
 
 
 def test_without_a_rendering_for_this_nginx_it_says_so(folder: Path) -> None:
