@@ -1,5 +1,6 @@
 """The promises of the ledger, proved on a running gateway: quotas under parallel clients, drops in every phase, canaries."""
 
+import gzip
 import json
 import random
 import socket
@@ -8,6 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -197,10 +200,42 @@ def _seen(engine: VllmDouble, request_id: str) -> dict[str, Any] | None:
     return next((r for r in engine.requests() if r["request_id"] == request_id), None)
 
 
+@contextmanager
+def collector() -> Iterator[tuple[str, list[bytes]]]:
+    """A trace collector on a free port: its URL, and the bodies that it gets."""
+    bodies: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            bodies.append(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", bodies
+    finally:
+        server.shutdown()
+        thread.join(5)
+        server.server_close()
+
+
 def test_a_canary_key_appears_nowhere(engine):
-    """A secret that is sent in every header, body and URL position is in no log, metric, error or database file."""
+    """A secret that is sent in every header, body and URL position is in no log, trace, metric, error or database file."""
     canary = "sk-gw-CANARY0123456789abcdefCANARY"
-    with GatewayProcess(VLLM_URL=engine.url, LOG_LEVEL="DEBUG") as gateway:
+    with (
+        collector() as (collector_url, spans),
+        GatewayProcess(
+            VLLM_URL=engine.url, LOG_LEVEL="DEBUG", TRACE_RATIO=1, OTEL_EXPORTER_OTLP_ENDPOINT=collector_url
+        ) as gateway,
+    ):
         chat = {"model": "double", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
         answers = [
             gateway.request("POST", "/v1/chat/completions", body, key, **headers)
@@ -237,6 +272,8 @@ def test_a_canary_key_appears_nowhere(engine):
         # A name that does not exist is told to the one who asked for it, in the answer alone.
         assert all(a.code in ("unknown_route", "model_not_found", "invalid_request") for a in echoed)
         assert not any(canary.encode() in a.body for a in answers[:8])
+        assert b"gen_ai.request.model" in b"".join(spans), "traces were sent"
+        assert canary.encode() not in b"".join(spans)
         for line in gateway.raw:
             assert canary.encode() not in line
         for path in gateway.folder.rglob("*"):
