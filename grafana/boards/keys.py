@@ -73,6 +73,7 @@ BOARD = Board(
                     "A slope: somebody calls the engine past the gateway. A jump: the engine was restarted in calls.",
                     Query("gateway_ledger_drift_tokens", "drift, tokens"),
                     Query("gateway_ledger_spool_records", "spool, records"),
+                    Query("rate(engine_own_tokens_total[$__rate_interval])", "the engine's own tokens a second"),
                     minimum=None,
                 ),
                 lines(

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from engine.progress import HEADER, PATH, Progress
 
@@ -89,3 +90,28 @@ async def test_the_page_is_for_the_supervisor_alone(gate: tuple[Progress, asynci
     assert json.loads(ours.sent[1]["body"])["calls"] == 0
     await progress(scope(PATH, "GET", b"wrong"), stranger.receive, stranger.send)
     assert stranger.sent[1]["body"] == b"x"  # the application's answer: for others there is no such page
+
+
+async def test_what_the_supervisors_own_calls_cost_stands_on_vllms_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_PROGRESS_TOKEN", "t0ken")
+    answers = [b'{"usage":{"prompt_tokens":2,', b'"total_tokens":3}}']
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in answers:
+            await send({"type": "http.response.body", "body": part, "more_body": part is not answers[-1]})
+
+    progress = Progress(app)
+
+    def counted() -> float:
+        return REGISTRY.get_sample_value("engine_own_tokens_total") or 0.0
+
+    before = counted()
+    for token in (b"t0ken", None, b"other"):
+        caller = Caller([b"{}"])
+        await progress(scope(token=token), caller.receive, caller.send)
+        assert [message.get("body") for message in caller.sent[1:]] == answers
+    assert counted() - before == 3
+    answers[:] = [b'{"error":{}}']
+    await progress(scope(token=b"t0ken"), Caller([b"{}"]).receive, Caller([]).send)
+    assert counted() - before == 3

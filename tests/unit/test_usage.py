@@ -105,14 +105,14 @@ class TestReconciliation:
         return Reconciliation(read, lambda: self.settled, list)
 
     async def test_what_was_counted_before_does_not_matter(self):
-        reconciliation = self.make({"a": 5000}, {"a": 5100}, {"a": 5100})
+        reconciliation = self.make({"a": (5000, 0)}, {"a": (5100, 0)}, {"a": (5100, 0)})
         assert await reconciliation.sample() == 0
         assert await reconciliation.sample() == 100
         self.settled = 100
         assert await reconciliation.sample() == 0
 
     async def test_a_restarted_engine_counts_from_zero(self):
-        reconciliation = self.make({"a": 5000}, {"a": 30}, {"a": 50})
+        reconciliation = self.make({"a": (5000, 0)}, {"a": (30, 0)}, {"a": (50, 0)})
         await reconciliation.sample()
         self.settled = 30
         assert await reconciliation.sample() == 0
@@ -120,7 +120,9 @@ class TestReconciliation:
         assert await reconciliation.sample() == 10
 
     async def test_engines_may_come_and_go(self):
-        reconciliation = self.make({}, {"a": 10}, {"a": 20, "b": 700}, {"b": 705}, {"a": 25, "b": 705})
+        reconciliation = self.make(
+            {}, {"a": (10, 0)}, {"a": (20, 0), "b": (700, 0)}, {"b": (705, 0)}, {"a": (25, 0), "b": (705, 0)}
+        )
         self.settled = 3
         assert await reconciliation.sample() == 0
         assert await reconciliation.sample() == 0
@@ -129,3 +131,10 @@ class TestReconciliation:
         self.settled += 10
         assert await reconciliation.sample() == -5
         assert await reconciliation.sample() == 0
+
+    async def test_what_the_supervisor_itself_asked_for_is_no_drift(self):
+        reconciliation = self.make({"a": (500, 90)}, {"a": (520, 92)}, {"a": (520, 110)}, {"a": (4, 4)})
+        await reconciliation.sample()
+        assert await reconciliation.sample() == 18  # counted by vLLM, not yet by its supervisor's side
+        assert await reconciliation.sample() == 0
+        assert await reconciliation.sample() == 0  # both began anew

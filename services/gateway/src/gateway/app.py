@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 5.0
 RECONCILE_SECONDS = 5.0
+_OWN_TOKENS = re.compile(rb"^engine_own_tokens_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
 TELEMETRY_SECONDS = 3.0  # what the trace collector gets at the end
 _TOKEN_COUNTERS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
 
@@ -159,15 +160,16 @@ class Gateway:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         self._tasks.append(asyncio.create_task(work))
 
-    async def _engine_tokens(self) -> dict[str, int]:
-        """Prompt and generation tokens that each engine has counted; an engine that does not answer is missing."""
+    async def _engine_tokens(self) -> dict[str, tuple[int, int]]:
+        """What `Reconciliation` reads: tokens that each engine has counted, and its supervisor's share of them."""
         counted = {}
         for backend in self.registry.backends:
             with contextlib.suppress(UpstreamError):
                 status, body = await self.upstream.get(f"{backend.url}/metrics", {}, PROBE_SECONDS)
                 found = _TOKEN_COUNTERS.findall(body) if status == 200 else []
                 if found:
-                    counted[backend.name] = round(sum(float(value) for value in found))
+                    own = sum(float(value) for value in _OWN_TOKENS.findall(body))
+                    counted[backend.name] = round(sum(float(value) for value in found)), round(own)
         return counted
 
     async def _reconcile(self) -> None:

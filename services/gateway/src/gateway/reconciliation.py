@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from gateway.call import Call
 
-Counters = Mapping[str, int]
-"""Engine name -> prompt and generation tokens that it has counted since it started."""
+Counters = Mapping[str, tuple[int, int]]
+"""Engine name -> tokens (prompt and generation) that it has counted since it started, and how many of them were its own
+supervisor's (canaries and warm-up, which pass no gateway)."""
 
 
 class Reconciliation:
@@ -36,6 +37,13 @@ class Reconciliation:
     def _known(self) -> int:
         return self._settled() + sum(call.computed_tokens for call in self._live() if not call.settled)
 
+    def _growth(self, name: str, value: int) -> int:
+        last = self._last.get(name)
+        self._last[name] = value
+        if last is None:
+            return 0
+        return value - last if value >= last else value
+
     async def sample(self) -> int:
         """Read the engines once and return the new `drift`.
 
@@ -46,11 +54,8 @@ class Reconciliation:
         first = self._base is None
         if first and not counters:
             return self.drift
-        for name, value in counters.items():
-            last = self._last.get(name)
-            if last is not None:
-                self._counted += value - last if value >= last else value
-            self._last[name] = value
+        for name, (tokens, own) in counters.items():
+            self._counted += self._growth(name, tokens) - self._growth(f"{name} own", own)
         known = self._known()
         if self._base is None:
             self._base = known
