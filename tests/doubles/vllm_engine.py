@@ -207,6 +207,4 @@ class Engine:
             ("_sum", "", self.prompt_tokens + self.generation_tokens),
             ("_count", "", self.iterations),
         )
-        # What our supervisor's middleware adds to the page; there is no supervisor here, so it asked for nothing.
-        lines += ["# TYPE engine_own_tokens counter", "engine_own_tokens_total 0.0"]
         return "\n".join(lines) + "\n"
