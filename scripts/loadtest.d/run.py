@@ -44,8 +44,22 @@ def first_of(*candidates: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def own_key() -> str:
+def get(url: str, key: str, certificate: Path | None) -> bytes:
+    """What a route answers."""
+    context = ssl.create_default_context(cafile=str(certificate) if certificate else None)
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    with urllib.request.urlopen(request, timeout=10, context=context if url.startswith("https") else None) as answer:
+        return bytes(answer.read())
+
+
+def own_key(url: str, certificate: Path | None) -> str:
     """A key made for this run in the appliance that runs here; it ends an hour after the run."""
+    try:
+        get(f"{url}/health", "", certificate)
+    except OSError as error:
+        raise fail(
+            f"{url} does not answer ({getattr(error, 'reason', error)}): is the appliance up? (make status)"
+        ) from None
     now = datetime.now(UTC)
     ends = now + timedelta(seconds=positive("DURATION", "60") + 3600)
     name = now.strftime("loadtest-%Y%m%d-%H%M%S")
@@ -61,23 +75,20 @@ def target() -> tuple[str, str, Path | None]:
     """URL, key and certificate: given, or those of the appliance that `make up` started on this machine."""
     url = (os.environ.get("URL") or f"https://127.0.0.1:{os.environ.get('HTTPS_PORT') or 8443}").rstrip("/")
     key = os.environ.get("API_KEY") or os.environ.get("KEY") or ""
-    key = key or own_key()
+    if not key and os.environ.get("URL"):
+        raise fail("API_KEY is not set: give a key of the gateway at URL")
     given = os.environ.get("CA_FILE")
     if given and not Path(given).is_file():
         raise fail(f"CA_FILE names {given}, which is not a file")
     own = (STATE / "edge-certificates/fullchain.pem", STATE / "certificates/fullchain.pem")
-    return url, key, Path(given) if given else first_of(*own)
+    certificate = Path(given) if given else first_of(*own)
+    return url, key or own_key(url, certificate), certificate
 
 
 def models(url: str, key: str, certificate: Path | None) -> list[str]:
     """What the appliance serves; also proves that it answers and takes the key."""
-    context = ssl.create_default_context(cafile=str(certificate) if certificate else None)
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
     try:
-        with urllib.request.urlopen(
-            request, timeout=10, context=context if url.startswith("https") else None
-        ) as answer:
-            return [model["id"] for model in json.load(answer)["data"]]
+        return [model["id"] for model in json.loads(get(f"{url}/v1/models", key, certificate))["data"]]
     except urllib.error.HTTPError as error:
         raise fail(f"{url}/v1/models answers {error.code}: is API_KEY right?") from None
     except (OSError, ValueError, KeyError) as error:

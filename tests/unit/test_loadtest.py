@@ -146,6 +146,7 @@ def test_axes_hold_their_values() -> None:
         ({"API_KEY": "sk-00000000", "URL": "http://127.0.0.1:9"}, "does not answer"),
         ({"URL": "http://127.0.0.1:9", "API_KEY": "k", "CA_FILE": "/missing.pem"}, "CA_FILE"),
         ({"URL": "http://127.0.0.1:9"}, "API_KEY is not set"),
+        ({"HTTPS_PORT": "9"}, "does not answer"),
     ],
 )
 def test_what_cannot_begin_says_why_in_one_line(tmp_path: Path, variables: dict[str, str], said: str) -> None:
