@@ -18,7 +18,7 @@ ENGINE = """
 import http.server, json, os, subprocess, sys
 key = open(os.environ["VLLM_API_KEY_FILE"]).read().strip()
 double = subprocess.Popen([sys.executable, "-m", "tests.doubles.vllm_server", "--port", os.environ["VLLM_PORT"],
-                           "--api-key", key, "--model", os.environ["MODEL_NAME"], "--pace-ms", "2", "--tokens", "40"])
+                           "--api-key=" + key, "--model", os.environ["MODEL_NAME"], "--pace-ms", "2", "--tokens", "40"])
 class Status(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps({"state": os.environ.get("DOUBLE_STATE", "ready"), "reason": "as the test said"}).encode()
