@@ -99,8 +99,9 @@ def _same(told: Any) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(int(told["pid"]))
-        # Two clocks' worth of rounding; a pid that was given again started much later.
-        if abs(process.create_time() - float(told["created"])) > 0.05 or process.status() == psutil.STATUS_ZOMBIE:
+        # The time is reckoned from the boot's, which moves by a second when the clock is adjusted; a pid that was given
+        # again started much later.
+        if abs(process.create_time() - float(told["created"])) > 2.0 or process.status() == psutil.STATUS_ZOMBIE:
             return None
     except psutil.NoSuchProcess:
         return None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,30 +155,43 @@ def wait_ready(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> fl
 
     Raises `StartError` when it cannot become ready: the engine gave up, a service keeps dying, the time is over.
     """
-    started = time.monotonic()
-    shown, told_at = "", started
-    while True:
-        elapsed = time.monotonic() - started
-        if supervisor.poll() is not None:
-            raise StartError(_failure(settings, f"{running.NAME}-supervisor", "the supervisor ended"))
-        if get(f"http://127.0.0.1:{settings.ports.gateway}/ready")[0] == 200 and _edge_answers(settings):
-            return elapsed
-        status = _engine_status(settings)
-        if status.get("state") == "failed":
-            reason = status.get("reason") or "see its log"
-            raise StartError(_failure(settings, "vllm", f"the engine failed: {reason}"))
-        _check_restarts(settings)
-        now = engine_words(status)
-        late = time.monotonic() - told_at > HEARTBEAT_SECONDS
-        if now != shown or late:
-            say(
-                f"{elapsed:4.0f} s  engine: {now}"
-                + (f"  ({str(status['line'])[:90]})" if late and status.get("line") else "")
-            )
-            shown, told_at = now, time.monotonic()
-        if elapsed > settings.start_seconds:
-            raise StartError(_failure(settings, "vllm", f"not ready after {elapsed:.0f} s (UP_SECONDS)"))
-        time.sleep(0.5)
+    with interruption() as pressed:
+        started = time.monotonic()
+        shown, told_at = "", started
+        while True:
+            elapsed = time.monotonic() - started
+            if supervisor.poll() is not None:
+                raise StartError(_failure(settings, f"{running.NAME}-supervisor", "the supervisor ended"))
+            if get(f"http://127.0.0.1:{settings.ports.gateway}/ready")[0] == 200 and _edge_answers(settings):
+                return elapsed
+            status = _engine_status(settings)
+            if status.get("state") == "failed":
+                reason = status.get("reason") or "see its log"
+                raise StartError(_failure(settings, "vllm", f"the engine failed: {reason}"))
+            _check_restarts(settings)
+            now = engine_words(status)
+            late = time.monotonic() - told_at > HEARTBEAT_SECONDS
+            if now != shown or late:
+                say(
+                    f"{elapsed:4.0f} s  engine: {now}"
+                    + (f"  ({str(status['line'])[:90]})" if late and status.get("line") else "")
+                )
+                shown, told_at = now, time.monotonic()
+            if elapsed > settings.start_seconds:
+                raise StartError(_failure(settings, "vllm", f"not ready after {elapsed:.0f} s (UP_SECONDS)"))
+            if pressed.wait(0.5):
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """Ctrl-C as an event: Python loses a `KeyboardInterrupt` that happens to be raised inside a destructor."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def engine_words(status: dict[str, Any]) -> str:

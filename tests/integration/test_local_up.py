@@ -149,9 +149,12 @@ def test_what_dies_comes_back_and_a_certificate_is_taken_over(environment: dict[
     key = re.findall(r"shown this once: {2}(\S+)", up(environment))[0]
     place = Places(tmp_path / "state")
     for name in ("gateway", "nginx"):
-        found = running.running(place)
-        assert found is not None
-        killed = found.alive()[name]
+
+        def alive(name: str = name) -> psutil.Process | None:
+            found = running.running(place)
+            return found.alive().get(name) if found is not None else None
+
+        killed = wait_until(f"{name} runs", alive)
         killed.kill()
 
         def is_back(name: str = name, before: int = killed.pid) -> bool:
