@@ -63,6 +63,7 @@ def up_local(local: LocalSettings) -> int:
     start.prepare(local)
     start.engine_parts(local)
     kept = plan.whole(local, nginx)
+    supervisor = None
     try:
         start.edge_files(local, kept)
         if any(service.name == "prometheus" for service in kept.services):
@@ -71,7 +72,7 @@ def up_local(local: LocalSettings) -> int:
         seconds = start.wait_ready(local, supervisor)
         key = welcome.first_key(_local_keys(local))
     except BaseException:
-        start.cleaned(local.places)
+        start.cleaned(local.places, supervisor)
         raise
     _remember(local.places, Choice("local", ""))
     more = {"Logs": str(local.places.logs)}

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +247,14 @@ def _last_lines(text: str, count: int) -> str:
     return "\n".join(f"  {line}"[:400] for line in lines[-count:])
 
 
-def cleaned(places: Places, then: Callable[[], None] | None = None) -> None:
-    """Leave nothing of a start that failed."""
+def cleaned(
+    places: Places, supervisor: subprocess.Popen[str] | None = None, then: Callable[[], None] | None = None
+) -> None:
+    """Leave nothing of a start that failed, also when its supervisor has told nothing yet."""
+    if supervisor is not None and supervisor.poll() is None:
+        supervisor.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            supervisor.wait(60)
     running.stop(places)
     if then is not None:
         then()
