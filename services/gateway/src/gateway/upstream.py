@@ -1,4 +1,4 @@
-"""The way to the engines: the only file that knows aiohttp.
+"""The way to the engines: with `names`, the only file that knows aiohttp.
 
 Raw bytes in both directions: no decompression, no cookies, no redirects, no total timeout (silence is judged by
 `stages/forward.py`). What aiohttp raises becomes one of the two exceptions below, told apart by whether the engine can
@@ -22,6 +22,7 @@ import yarl
 from loguru import logger
 
 from gateway.errors import UpstreamError
+from gateway.names import PatientResolver
 
 LEAN_VERSIONS = ("3.14.5",)
 READ_BUFFER_BYTES = 65_536  # read ahead of a slow client at most twice this
@@ -124,10 +125,12 @@ class Upstream:
     """Connections to all engines, kept alive for less long than vLLM keeps them (5 s)."""
 
     def __init__(self, connect_seconds: float, connections: int = 0) -> None:
+        self._names = PatientResolver()
         self._connector = aiohttp.TCPConnector(
             limit=connections,  # 0: bounded by ENGINE_CONCURRENCY, not twice
             keepalive_timeout=4.0,  # vLLM closes idle connections after 5 s; a race costs a retry
             ttl_dns_cache=10,
+            resolver=self._names,
         )
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=None)
         self._session = aiohttp.ClientSession(
@@ -225,3 +228,4 @@ class Upstream:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+        await self._names.close()

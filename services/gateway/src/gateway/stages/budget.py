@@ -32,7 +32,7 @@ from gateway.journal import Held
 from gateway.keyring import Keyring
 from gateway.settings import Settings
 from gateway.stages.estimate import Ask, ask
-from gateway.store import Store, StoreUnavailable, reports
+from gateway.store import Database, Store, StoreUnavailable, reports
 
 _MOST_ADDRESSES = 65_536
 
@@ -114,9 +114,18 @@ class Budget:
         return self._keyring.caller(key_id)
 
     async def start(self) -> None:
-        """Read what was used today; call it after the store's start and before the first call."""
+        """Read what was used today; call it after the store's start and before the first call.
+
+        And on the last days with calls, whichever they are: the clock may be wrong at the start and be set right later.
+        """
         today = self.days.today()
-        self.load(today, await self._store.read(lambda database: reports.day_totals(database, today)))
+
+        def read(database: Database) -> dict[str, list[tuple[str, str, int, int]]]:
+            days = {today, *reports.last_days(database)}
+            return {day: reports.day_totals(database, day) for day in sorted(days)}
+
+        for day, totals in (await self._store.read(read)).items():
+            self.load(day, totals)
 
     def load(self, today: str, totals: list[tuple[str, str, int, int]]) -> None:
         """Take over the totals of a day, as `(key id, organisation or "", tokens, requests)`."""
@@ -238,6 +247,19 @@ class Budget:
         call.hold = Hold(call.request_id, caller.key_id, tokens, day.name, self._clock() + self._settings.hold_seconds)
         self.live[call.request_id] = call
         return None
+
+    def scarce(self, call: Call) -> bool:
+        """Whether what is left of the day is so little that the exact length of the prompt matters."""
+        caller, request = call.caller, call.request
+        if caller is None or request is None or not call.endpoint.metered:
+            return False
+        limits = [(caller.limits.daily_tokens, self._account(caller))]
+        if caller.organisation is not None:
+            limits.append((caller.organisation_daily_tokens, self.organisation(caller.organisation)))
+        output = self._settings.default_output_tokens if request.max_output is None else request.max_output
+        most = request.prompt_bound + request.n * output
+        today = self.days.today()
+        return any(limit and limit - account.day(today).used < most for limit, account in limits)
 
     def _raise_problem(self, caller: Caller) -> None:
         problem = self._keyring.problem(caller)
