@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from gateway.errors import ClientGone, InvalidRequest, RequestTooLarge
@@ -19,8 +19,8 @@ class Headers(dict[bytes, bytes]):
 
     __slots__ = ()
 
-    def __init__(self, raw: Sequence[tuple[bytes, bytes]]) -> None:
-        super().__init__(reversed(raw))
+    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
+        super().__init__(reversed([*raw]))
 
     def text(self, name: bytes) -> str:
         """The value as text, empty if missing."""
