@@ -5,7 +5,7 @@ import json
 import re
 import socket
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -53,6 +53,24 @@ def ask(port: int, path: str, body: dict[str, Any], key: str) -> tuple[int, byte
     return answer.status, data
 
 
+def event_sizes(data: bytes) -> list[int]:
+    """Bytes of each event, in order of size: equal for two answers that were cut into events at the same places."""
+    return sorted(len(event) for event in data.split(b"\n\n"))
+
+
+def alike(through: Callable[[], tuple[int, bytes]], direct: Callable[[], tuple[int, bytes]]) -> tuple[Any, Any]:
+    """One answer through the gateway and one of the engine itself, cut into events at the same places.
+
+    A busy engine joins two tokens in one event now and then, in one answer and not in the other; such pairs are asked
+    again, a few times. What is returned at last must be equal, byte for byte.
+    """
+    for _ in range(6):
+        first, second = through(), direct()
+        if event_sizes(first[1]) == event_sizes(second[1]):
+            break
+    return first, second
+
+
 def port_of(engine: Any) -> int:
     return int(engine.url.rpartition(":")[2])
 
@@ -87,7 +105,11 @@ def test_an_answer_is_what_the_engine_says(gateway: GatewayProcess, engine: Any,
     body = {"model": engine.model, **body}
     direct = path.replace("/v1", "", 1) if "tokenize" in path else path
 
-    assert ask(gateway.port, path, body, KEY) == ask(port_of(engine), direct, body, engine.api_key)
+    through, said = alike(
+        lambda: ask(gateway.port, path, body, KEY), lambda: ask(port_of(engine), direct, body, engine.api_key)
+    )
+
+    assert through == said
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -105,10 +127,11 @@ def test_several_choices_are_what_the_engine_says_choice_by_choice(gateway: Gate
             found.setdefault(index and index[1], []).append(event)
         return found
 
-    _, through = ask(gateway.port, path, body, KEY)
-    _, direct = ask(port_of(engine), path, body, engine.api_key)
+    (_, through), (_, said) = alike(
+        lambda: ask(gateway.port, path, body, KEY), lambda: ask(port_of(engine), path, body, engine.api_key)
+    )
 
-    assert by_choice(through) == by_choice(direct)
+    assert by_choice(through) == by_choice(said)
 
 
 def open_call(port: int, body: dict[str, Any]) -> socket.socket:

@@ -226,7 +226,7 @@ class Forward:
     async def _stream(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
         request = call.request
         assert request is not None
-        stream = answer.Stream(request, call.usage)
+        stream = answer.Stream(request, call.usage, _most(call))
         call.answer = stream
         silence.limit = self._settings.idle_seconds
         silence.what = "in the middle of its answer"
@@ -257,6 +257,8 @@ class Forward:
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(stream.tail)
+        if stream.cut:
+            return
         silence.quiet = True
         if exchange.whole or not await exchange.read():
             exchange.release()
@@ -323,6 +325,14 @@ class Forward:
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         headers += [(name.encode(), value.encode()) for name, value in call.limit_headers.items()]
         return headers
+
+
+def _most(call: Call) -> int:
+    """The tokens that `call` may cost where a day's quota stands behind its hold; 0: any number."""
+    caller, hold = call.caller, call.hold
+    if caller is None or hold is None or not (caller.limits.daily_tokens or caller.organisation_daily_tokens):
+        return 0
+    return hold.tokens
 
 
 def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
