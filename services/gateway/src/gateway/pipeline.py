@@ -23,6 +23,7 @@ from gateway.errors import (
     QueueFull,
     ShuttingDown,
 )
+from gateway.large_body import LargeBodies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,7 @@ class Pipeline:
             remote_media=settings.remote_media,
         )
         self._body_bytes = 0
+        self._large = LargeBodies()
         self.calls: dict[str, Call] = {}
         self.draining = False
 
@@ -143,7 +145,7 @@ class Pipeline:
         if call.endpoint.multipart:
             request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
         elif len(raw) > wire.LARGE_BYTES:
-            request = await asyncio.to_thread(wire.parse, call.endpoint, raw, self._caps)
+            request = await self._large.parse(call.endpoint, raw, self._caps)
         else:
             request = wire.parse(call.endpoint, raw, self._caps)
         wanted = client.headers.text(b"x-priority")

@@ -15,13 +15,16 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
 import yarl
 from loguru import logger
 
 from gateway.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from gateway.large_body import Buffer
 
 LEAN_VERSIONS = ("3.14.5",)
 READ_BUFFER_BYTES = 65_536  # read ahead of a slow client at most twice this
@@ -143,11 +146,15 @@ class Upstream:
         if not self.lean:
             logger.bind(aiohttp=aiohttp.__version__).warning("upstream_session_path")
 
-    async def open(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> Exchange:
+    async def open(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | list[Buffer] | None
+    ) -> Exchange:
         """Send a request and wait for the head of the answer. Raises `ConnectError` or `BrokenConnection`."""
         try:
             if self.lean:
                 return await self._open_lean(method, url, headers, body or b"")
+            if isinstance(body, list):
+                body = await asyncio.to_thread(b"".join, body)
             data = io.BytesIO(body) if body and len(body) > READ_BUFFER_BYTES else body  # aiohttp warns of large bytes
             response = await self._session.request(method, url, headers=headers, data=data, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -158,13 +165,16 @@ class Upstream:
             raise BrokenConnection("The engine broke off before it answered.") from error
         return _SessionExchange(response)
 
-    async def _open_lean(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> _LeanExchange:
+    async def _open_lean(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | list[Buffer]
+    ) -> _LeanExchange:
         route = self._routes.get((method, url))
         if route is None:
             route = self._add_route(method, url)
         target, start = route
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-        head = f"{start}{''.join(lines)}content-length: {len(body)}\r\n\r\n".encode("latin-1")
+        size = len(body) if isinstance(body, bytes) else sum(map(len, body))
+        head = f"{start}{''.join(lines)}content-length: {size}\r\n\r\n".encode("latin-1")
         if head.count(b"\n") != len(lines) + 4 or head.count(b"\r") != len(lines) + 4:
             raise ValueError("a request header holds a line break")
         try:
@@ -177,13 +187,11 @@ class Upstream:
             transport = protocol.transport
             if transport is None or transport.is_closing():
                 raise ConnectError("The engine has closed the idle connection.")
-            if len(body) <= READ_BUFFER_BYTES:
+            if isinstance(body, bytes) and size <= READ_BUFFER_BYTES:
                 transport.write(head + body)
             else:
                 transport.write(head)
-                transport.write(body)
-                if protocol.writing_paused:
-                    await protocol._drain_helper()
+                await _write(protocol, [body] if isinstance(body, bytes) else body)
             message, content = await protocol.read()
             while 100 <= message.code < 200:
                 message, content = await protocol.read()
@@ -225,3 +233,16 @@ class Upstream:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+
+
+async def _write(protocol: Any, body: list[Buffer]) -> None:
+    """Write a large body piece by piece, as fast as the engine takes it, so that none waits in a buffer whole."""
+    transport = protocol.transport
+    for part in body:
+        view = memoryview(part)
+        for start in range(0, len(view), READ_BUFFER_BYTES):
+            transport.write(view[start : start + READ_BUFFER_BYTES])
+            if protocol.writing_paused:
+                await protocol._drain_helper()
+                if transport.is_closing():
+                    return  # what the engine said before it closed is still to be read

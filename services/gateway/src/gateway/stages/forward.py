@@ -180,7 +180,7 @@ class Forward:
                 content_type = client.headers.text(b"content-type")
             else:
                 served = self._registry.served_name(backend, request.model)
-                if request.body_bytes > wire.LARGE_BYTES:
+                if request.parsed_bytes > wire.LARGE_BYTES:
                     body = await asyncio.to_thread(wire.payload, request, served)
                 else:
                     body = wire.payload(request, served)
