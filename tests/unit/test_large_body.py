@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gateway import multipart
 from gateway.errors import InvalidRequest
 from gateway.large_body import LEAD_BYTES, Aside, LargeBodies, find
 from gateway.wire import ENDPOINTS, STRIPPED, Caps, Request, parse, payload
@@ -188,3 +189,48 @@ async def test_a_body_that_is_large_by_its_structure_is_parsed_as_ever():
 
     assert request.aside is None
     assert json.loads(payload(request, "m"))["prompt"] == numbers  # type: ignore[arg-type]
+
+
+FORM = st.lists(
+    st.tuples(
+        st.sampled_from(["model", "stream", "language", "file", "priority"]),
+        st.booleans(),
+        st.sampled_from([b"m", b"true", b"\r\n", b"\r\n--cu", b"\r\n--cut\r", b"x" * 500, b"\r\n-", b"--"]),
+    ),
+    max_size=4,
+)
+
+
+@given(parts=FORM, end=st.sampled_from([b"--cut--\r\n", b"--cut--", b"--cut", b""]), piece=st.integers(1, 80))
+def test_a_form_means_the_same_in_whatever_pieces_it_is_read(
+    parts: list[tuple[str, bool, bytes]], end: bytes, piece: int
+):
+    raw = b""
+    for name, is_file, data in parts:
+        head = f'--cut\r\nContent-Disposition: form-data; name="{name}"' + ('; filename="a"' if is_file else "")
+        raw += head.encode() + b"\r\n\r\n" + data + b"\r\n"
+    raw += end
+
+    def read() -> dict[str, Any]:
+        try:
+            request = multipart.parse(
+                ENDPOINTS["/v1/audio/transcriptions"], raw, "multipart/form-data; boundary=cut", CAPS
+            )
+        except InvalidRequest as refusal:
+            return {"refused": str(refusal)}
+        return {name: getattr(request, name) for name in ("model", "stream", "media", "prompt_bound", "raw")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multipart, "SLICE_BYTES", 1_000_000)
+        at_once = read()
+        patch.setattr(multipart, "SLICE_BYTES", piece)
+        in_pieces = read()
+    assert in_pieces == at_once
+
+
+@pytest.mark.parametrize("inside", [b'"\xff"', b"1e999", b'{"\xff":1}'])
+def test_what_only_a_full_look_finds_wrong_is_refused(inside: bytes):
+    raw = b'{"model":"m","messages":[{"content":' + inside + b'},{"image_url":"data:x"}]}'
+
+    with pytest.raises(InvalidRequest):
+        parse(CHAT, raw, CAPS)

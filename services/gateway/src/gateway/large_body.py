@@ -21,6 +21,8 @@ from gateway import wire
 from gateway.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    import msgspec
+
     from gateway.wire import Caps, Endpoint, Request
 
 STRETCH_BYTES = 65_536  # a body is probed this far apart; what is found may be cut from twice this length on
@@ -58,14 +60,14 @@ class Aside:
         pieces[1::2] = [self._stretches[int(number)] for number in pieces[1::2]]
         return pieces
 
-    def beginning(self, data: Buffer, size: int) -> bytes:
+    def beginning(self, data: memoryview, size: int) -> bytes:
         """The first `size` bytes of `data` as they were."""
         # A placeholder may stand across the border, but none is longer than this.
         return b"".join(bytes(piece[:size]) for piece in self.restore(bytes(data[: size + 64])))[:size]
 
-    def size(self, data: Buffer) -> int:
-        """The bytes that `data` had."""
-        return sum(len(piece) for piece in self.restore(bytes(data)))
+    def size(self, data: msgspec.Raw) -> int:
+        """The bytes that a field had."""
+        return sum(map(len, self.restore(bytes(memoryview(data)))))
 
     def characters(self, text: str) -> int:
         """The bytes that a decoded text had before it was set aside; a written `\\/` counts as two."""

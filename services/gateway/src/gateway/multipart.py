@@ -8,11 +8,12 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from gateway.errors import InvalidRequest
-from gateway.wire import TEMPLATE_TOKENS, Caps, Endpoint, Request
+from gateway.wire import Caps, Endpoint, Request
 
 _BOUNDARY = re.compile(r'boundary="?([^";,]{1,70})"?', re.IGNORECASE)
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 65_536
+SLICE_BYTES = 65_536
 REFUSED = ("priority", "request_id", "vllm_xargs", "kv_transfer_params")  # these bytes cannot be stripped cheaply
 
 
@@ -36,7 +37,7 @@ def parse(endpoint: Endpoint, raw: bytes, content_type: str, caps: Caps) -> Requ
     request.wants_running_usage = request.wants_usage
     request.media = 1
     text = sum(len(value) for value in fields.values())
-    request.prompt_bound = request.prompt_estimate = text + TEMPLATE_TOKENS + caps.media_tokens
+    request.prompt_bound = request.prompt_estimate = text + caps.media_tokens
     return request
 
 
@@ -46,18 +47,21 @@ def _read(raw: bytes, boundary: bytes) -> tuple[dict[str, bytes], int]:
     files = 0
     current: str | None = None
     try:
-        decoder.receive_data(raw)
-        decoder.receive_data(None)
-        while not isinstance(event := decoder.next_event(), Epilogue | NeedData):
-            if isinstance(event, File):
-                files, current = files + 1, None
-            elif isinstance(event, Field):
-                current = event.name
-                fields[current] = b""
-            elif isinstance(event, Data) and current is not None:
-                fields[current] += event.data
-                if len(fields[current]) > MAX_FIELD_BYTES:
-                    raise InvalidRequest(f"'{current}' is too long.", param=current)
+        for start in range(0, len(raw) + 1, SLICE_BYTES):
+            # The decoder copies and searches what it is given, so it gets a little at a time.
+            decoder.receive_data(raw[start : start + SLICE_BYTES])
+            if start + SLICE_BYTES > len(raw):
+                decoder.receive_data(None)
+            while not isinstance(event := decoder.next_event(), Epilogue | NeedData):
+                if isinstance(event, File):
+                    files, current = files + 1, None
+                elif isinstance(event, Field):
+                    current = event.name
+                    fields[current] = b""
+                elif isinstance(event, Data) and current is not None:
+                    fields[current] += event.data
+                    if len(fields[current]) > MAX_FIELD_BYTES:
+                        raise InvalidRequest(f"'{current}' is too long.", param=current)
     except (ValueError, RequestEntityTooLarge):
         raise InvalidRequest("The multipart body cannot be read.") from None
     return fields, files

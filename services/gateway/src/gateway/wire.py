@@ -119,10 +119,18 @@ STRIPPED = frozenset(
 )  # fmt: skip
 
 # Prompt tokens are never more than the text's bytes (byte-level and byte-fallback tokenizers) plus what a chat
-# template adds by itself: a default system prompt, role marks (shorter than their JSON); for tools also
-# instructions and indenting.
-TEMPLATE_TOKENS = 128
+# template adds by itself: a default system prompt and the marks of one message, which each engine is asked for
+# (`prompt_count`); the marks of further messages are shorter than their JSON. For tools also instructions and
+# indenting.
 TOOL_TEMPLATE_TOKENS = 512
+FIRST_MESSAGE_BYTES = 24  # the JSON around the first message, whose marks are counted with the template
+# Fields of whose bytes nothing reaches the prompt.
+NOT_PROMPT = frozenset(
+    ("model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "temperature",
+     "top_p", "top_k", "min_p", "n", "best_of", "seed", "stop", "user", "logprobs", "top_logprobs", "presence_penalty",
+     "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens", "store", "metadata", "service_tier",
+     "encoding_format", "echo")
+)  # fmt: skip
 LARGE_BYTES = 1_048_576  # what is larger may not be parsed or built in one go (large_body.py)
 BYTES_PER_TOKEN = 4  # a usual text; only for estimates
 
@@ -194,12 +202,17 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps, aside: Aside | None = None
     if media > caps.media:
         raise InvalidRequest(f"At most {caps.media} images, audios or videos are accepted in one call.")
     request.media = media
-    text_bytes = max(0, request.body_bytes - media_bytes)
+    text_bytes = request.body_bytes - media_bytes
+    for name, value in fields.items():
+        if name in NOT_PROMPT:
+            text_bytes -= len(name) + (len(memoryview(value)) if aside is None else aside.size(value))
+    if "messages" in fields:
+        text_bytes -= FIRST_MESSAGE_BYTES
+    text_bytes = max(0, text_bytes)
     extra = 0
     if (tools := fields.get("tools")) is not None:
-        view = memoryview(tools)
-        extra = (len(view) if aside is None else aside.size(view)) + TOOL_TEMPLATE_TOKENS
-    request.prompt_bound = text_bytes + TEMPLATE_TOKENS + extra + media * caps.media_tokens
+        extra = (len(memoryview(tools)) if aside is None else aside.size(tools)) + TOOL_TEMPLATE_TOKENS
+    request.prompt_bound = text_bytes + extra + media * caps.media_tokens
     request.prompt_estimate = max(1, text_bytes // BYTES_PER_TOKEN) + media * caps.media_tokens
     conversation = fields.get("messages") or fields.get("input") or fields.get("prompt")
     if conversation is not None:

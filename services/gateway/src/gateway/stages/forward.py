@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from gateway.call import Call
     from gateway.client import Client, RawHeaders
+    from gateway.large_body import Buffer
     from gateway.settings import Settings
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -173,6 +174,7 @@ class Forward:
         request = call.request
         assert request is not None
         self._retries.earn()
+        body: bytes | list[Buffer]
         while True:
             backend = call.backend
             if request.endpoint.multipart:
