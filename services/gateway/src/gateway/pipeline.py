@@ -185,8 +185,7 @@ class Pipeline:
             await client.start(error.status, self._error_head(call, error, body))
             await client.end(body)
             return
-        if (close := (scope.get("extensions") or {}).get("gateway.close")) is not None:
-            close()
+        client.close_after()
         if call.answer is None:
             return  # a JSON body that cannot be completed: the connection breaks, and that is the truth
         with contextlib.suppress(LedgerUnavailable):  # the stream has failed already; `close` keeps trying

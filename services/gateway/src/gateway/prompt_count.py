@@ -86,7 +86,8 @@ class PromptCounter:
         exchange = None
         try:
             async with asyncio.timeout(COUNT_SECONDS):
-                exchange = await self._upstream.open("POST", f"{backend.url}/tokenize", headers, body)
+                route = self._upstream.route("POST", f"{backend.url}/tokenize", headers)
+                exchange = await self._upstream.open(route, {}, body)
                 said = bytearray()
                 while len(said) < COUNT_BYTES and (part := await exchange.read()):
                     said += part
