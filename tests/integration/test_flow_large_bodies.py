@@ -23,7 +23,7 @@ MEGABYTE = 1024 * 1024
 BODY_BYTES = 20_000_000  # the default limit is 20 MiB
 BODIES = 3  # one behind the other, on connections of their own
 ADDED_SECONDS = 0.020
-ROUNDS = 8
+ROUNDS = 12
 QUIET_SECONDS = 0.6
 
 
