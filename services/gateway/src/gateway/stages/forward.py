@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gateway.backends import Backend
     from gateway.call import Call
     from gateway.client import Client, RawHeaders
+    from gateway.large_body import Buffer
     from gateway.settings import Settings
     from gateway.wire import Endpoint
 
@@ -176,6 +177,7 @@ class Forward:
         request = call.request
         assert request is not None
         self._retries.earn()
+        body: bytes | list[Buffer]
         while True:
             backend = call.backend
             headers = {"x-request-id": call.request_id}
@@ -186,7 +188,7 @@ class Forward:
                 headers["content-type"] = client.headers.text(b"content-type")
             else:
                 served = self._registry.served_name(backend, request.model)
-                if request.body_bytes > wire.LARGE_BYTES:
+                if request.parsed_bytes > wire.LARGE_BYTES:
                     body = await asyncio.to_thread(wire.payload, request, served)
                 else:
                     body = wire.payload(request, served)
