@@ -171,6 +171,26 @@ def test_the_engine_stops_within_a_second_when_the_client_goes(
         assert closed["prompt_tokens"] > 0
 
 
+@pytest.mark.parametrize(("path", "prompt"), [
+    ("/v1/chat/completions", {"messages": QUESTION}),
+    ("/v1/chat/completions", {"messages": [{"role": "system", "content": "Be brief."}, *QUESTION]}),
+    ("/v1/completions", {"prompt": "The sea is as old as the moon, and older than any of the stories about it."}),
+])  # fmt: skip
+def test_a_quota_of_exactly_what_a_call_costs_carries_it(
+    gateway: GatewayProcess, engine: Any, path: str, prompt: dict[str, Any]
+):
+    """The engine's own count of the prompt before the call is what it reports afterwards."""
+    body = {"model": engine.model, "max_tokens": 4, "ignore_eos": True, **prompt}
+    cost = gateway.post(path, body).json["usage"]["total_tokens"]
+    key = gateway.admin("POST", "/admin/keys", {"name": "frugal", "daily_tokens": cost}).json["secret"]
+
+    answer = gateway.post(path, body, key=key)
+
+    assert answer.status == 200, answer.body
+    assert answer.json["usage"]["total_tokens"] == cost
+    assert gateway.post(path, body, key=key).code == "quota_exhausted"
+
+
 def test_the_ledger_agrees_with_the_engine(engine: Any):
     wait_until("the engine is idle", lambda: counted(engine, RUNNING_NOW) == 0)
     with GatewayProcess(VLLM_URL=engine.url, VLLM_API_KEY=engine.api_key) as gateway:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gateway.errors import GatewayError
     from gateway.wire import Endpoint, Request
 
+_timings: dict[tuple[str, ...], bytes] = {}  # how a call's stages are told, by which there were
 STAGES = ("auth", "budget", "capacity", "dispatch", "forward", "ledger")
 
 
@@ -186,18 +187,27 @@ class Call:
     def enter(self, stage: str) -> None:
         """Close the running stage's clock and start `stage`'s."""
         now = time.perf_counter()
-        self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self.mark
+        seconds = self.stage_seconds
+        running = self.stage
+        if running in seconds:
+            seconds[running] += now - self.mark
+        else:
+            seconds[running] = now - self.mark
         self.stage = stage
         self.mark = now
 
     def server_timing(self) -> bytes:
         """Where the time went so far, in milliseconds: the event loop's lateness, the stages, the whole."""
         now = time.perf_counter()
-        seconds = dict(self.stage_seconds)
+        seconds = self.stage_seconds.copy()
         seconds[self.stage] = seconds.get(self.stage, 0.0) + now - self.mark
-        parts = [f"{stage};dur={value * 1000:.2f}" for stage, value in seconds.items()]
-        whole = f"total;dur={(now - self.started) * 1000:.2f}"
-        return f"loop;dur={self.loop_lag * 1000:.2f}, {', '.join(parts)}, {whole}".encode()
+        kinds = tuple(seconds)
+        form = _timings.get(kinds)
+        if form is None:
+            stages = b"".join(b"%b;dur=%%.2f, " % stage.encode() for stage in kinds)
+            form = _timings[kinds] = b"loop;dur=%.2f, " + stages + b"total;dur=%.2f"
+        parts = [value * 1e3 for value in seconds.values()]
+        return form % (self.loop_lag * 1e3, *parts, (now - self.started) * 1e3)
 
     @property
     def computed_tokens(self) -> int:

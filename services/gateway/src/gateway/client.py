@@ -14,23 +14,17 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 RawHeaders = list[tuple[bytes, bytes]]
 
 
-class Headers:
+class Headers(dict[bytes, bytes]):
     """Request headers: lower-case names; of a header that stands twice the first counts."""
 
-    __slots__ = ("_values",)
+    __slots__ = ()
 
     def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
-        self._values: dict[bytes, bytes] = {}
-        for name, value in raw:
-            self._values.setdefault(name, value)
-
-    def get(self, name: bytes) -> bytes | None:
-        """The value, or None."""
-        return self._values.get(name)
+        super().__init__(reversed([*raw]))
 
     def text(self, name: bytes) -> str:
         """The value as text, empty if missing."""
-        return self._values.get(name, b"").decode("latin-1")
+        return self.get(name, b"").decode("latin-1")
 
 
 class Client:

@@ -8,7 +8,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from gateway.errors import InvalidRequest
-from gateway.wire import TEMPLATE_TOKENS, Caps, Endpoint, Request
+from gateway.wire import Caps, Endpoint, Request
 
 _BOUNDARY = re.compile(r'boundary="?([^";,]{1,70})"?', re.IGNORECASE)
 MAX_PARTS = 64
@@ -36,7 +36,7 @@ def parse(endpoint: Endpoint, raw: bytes, content_type: str, caps: Caps) -> Requ
     request.wants_running_usage = request.wants_usage
     request.media = 1
     text = sum(len(value) for value in fields.values())
-    request.prompt_bound = request.prompt_estimate = text + TEMPLATE_TOKENS + caps.media_tokens
+    request.prompt_bound = request.prompt_estimate = text + caps.media_tokens
     return request
 
 

@@ -42,6 +42,7 @@ class Pipeline:
         settings: Settings,
         *,
         registry: Any,
+        prompt_counter: Any,
         auth: Any,
         budget: Any,
         capacity: Any,
@@ -51,6 +52,7 @@ class Pipeline:
     ) -> None:
         self._settings = settings
         self._registry = registry
+        self._prompt_counter = prompt_counter
         self._auth = auth
         self._budget = budget
         self._capacity = capacity
@@ -88,9 +90,12 @@ class Pipeline:
             reserved = self._reserve(client)
             request = await self._read(call, client)
             self._auth.allow(call)
-            self._registry.pool(request.model)  # refuse a model that nobody serves before anything is taken
+            # Refuses a model that nobody serves before anything is taken.
+            request.prompt_bound += self._registry.template_tokens(request.model)
             client.watch(lambda: call.abort(ClientGone("The client closed the connection.")))
             call.enter("budget")
+            if self._budget.scarce(call) and (exact := await self._prompt_counter.count(call)) is not None:
+                request.prompt_bound = exact
             await self._hold(call)
             call.enter("capacity")
             await self._capacity.enter(call)

@@ -110,10 +110,18 @@ STRIPPED = frozenset(
 )  # fmt: skip
 
 # Prompt tokens are never more than the text's bytes (byte-level and byte-fallback tokenizers) plus what a chat
-# template adds by itself: a default system prompt, role marks (shorter than their JSON); for tools also
-# instructions and indenting.
-TEMPLATE_TOKENS = 128
+# template adds by itself: a default system prompt and the marks of one message, which each engine is asked for
+# (`prompt_count`); the marks of further messages are shorter than their JSON. For tools also instructions and
+# indenting.
 TOOL_TEMPLATE_TOKENS = 512
+FIRST_MESSAGE_BYTES = 24  # the JSON around the first message, whose marks are counted with the template
+# Fields of whose bytes nothing reaches the prompt.
+NOT_PROMPT = frozenset(
+    ("model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "temperature",
+     "top_p", "top_k", "min_p", "n", "best_of", "seed", "stop", "user", "logprobs", "top_logprobs", "presence_penalty",
+     "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens", "store", "metadata", "service_tier",
+     "encoding_format", "echo")
+)  # fmt: skip
 # Larger bodies are parsed and built in a thread: several passes over 20 MB, one after the other, would hold up every
 # stream; with a thread the event loop gets a turn after each pass.
 LARGE_BYTES = 1_048_576
@@ -182,11 +190,17 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps) -> Request:
     if media > caps.media:
         raise InvalidRequest(f"At most {caps.media} images, audios or videos are accepted in one call.")
     request.media = media
-    text = max(0, request.body_bytes - media_bytes)
+    text = request.body_bytes - media_bytes
+    for name, value in fields.items():
+        if name in NOT_PROMPT:
+            text -= len(name) + len(memoryview(value))
+    if "messages" in fields:
+        text -= FIRST_MESSAGE_BYTES
+    text = max(0, text)
     extra = 0
     if (tools := fields.get("tools")) is not None:
         extra = len(memoryview(tools)) + TOOL_TEMPLATE_TOKENS
-    request.prompt_bound = text + TEMPLATE_TOKENS + extra + media * caps.media_tokens
+    request.prompt_bound = text + extra + media * caps.media_tokens
     request.prompt_estimate = max(1, text // BYTES_PER_TOKEN) + media * caps.media_tokens
     conversation = fields.get("messages") or fields.get("input") or fields.get("prompt")
     if conversation is not None:

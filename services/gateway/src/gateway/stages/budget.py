@@ -238,6 +238,19 @@ class Budget:
         self.live[call.request_id] = call
         return None
 
+    def scarce(self, call: Call) -> bool:
+        """Whether what is left of the day is so little that the exact length of the prompt matters."""
+        caller, request = call.caller, call.request
+        if caller is None or request is None or not call.endpoint.metered:
+            return False
+        limits = [(caller.limits.daily_tokens, self._account(caller))]
+        if caller.organisation is not None:
+            limits.append((caller.organisation_daily_tokens, self.organisation(caller.organisation)))
+        output = self._settings.default_output_tokens if request.max_output is None else request.max_output
+        most = request.prompt_bound + request.n * output
+        today = self.days.today()
+        return any(limit and limit - account.day(today).used < most for limit, account in limits)
+
     def _raise_problem(self, caller: Caller) -> None:
         problem = self._keyring.problem(caller)
         if problem is not None:
