@@ -1,4 +1,4 @@
-"""The way to the engines: the only file that knows aiohttp.
+"""The way to the engines: with `names`, the only file that knows aiohttp.
 
 Raw bytes in both directions: no decompression, no cookies, no redirects, no total timeout (silence is judged by
 `stages/forward.py`). What aiohttp raises becomes one of the two exceptions below, told apart by whether the engine can
@@ -24,6 +24,7 @@ from loguru import logger
 
 from gateway.errors import UpstreamError
 from gateway.link import Answer, BrokenConnection, ConnectError, Link
+from gateway.names import PatientResolver
 
 __all__ = ["BrokenConnection", "ConnectError", "Exchange", "Route", "Upstream"]
 
@@ -115,10 +116,12 @@ class Upstream:
     """Connections to all engines, kept alive for less long than vLLM keeps them (5 s)."""
 
     def __init__(self, connect_seconds: float, connections: int = 0) -> None:
+        self._names = PatientResolver()
         self._connector = aiohttp.TCPConnector(
             limit=connections,  # 0: bounded by ENGINE_CONCURRENCY, not twice
             keepalive_timeout=IDLE_SECONDS,
             ttl_dns_cache=10,
+            resolver=self._names,
         )
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=None)
         self._session = aiohttp.ClientSession(
@@ -225,3 +228,4 @@ class Upstream:
         if self._sweeper is not None:
             self._sweeper.cancel()
         await self._session.close()
+        await self._names.close()

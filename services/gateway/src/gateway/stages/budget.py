@@ -31,7 +31,7 @@ from gateway.gcra import Rate, per_minute
 from gateway.keyring import Keyring
 from gateway.settings import Settings
 from gateway.stages.estimate import Ask, ask
-from gateway.store import Store, StoreUnavailable, reports
+from gateway.store import Database, Store, StoreUnavailable, reports
 
 _MOST_ADDRESSES = 65_536
 
@@ -113,9 +113,18 @@ class Budget:
         return self._keyring.caller(key_id)
 
     async def start(self) -> None:
-        """Read what was used today; call it after the store's start and before the first call."""
+        """Read what was used today; call it after the store's start and before the first call.
+
+        And on the last days with calls, whichever they are: the clock may be wrong at the start and be set right later.
+        """
         today = self.days.today()
-        self.load(today, await self._store.read(lambda database: reports.day_totals(database, today)))
+
+        def read(database: Database) -> dict[str, list[tuple[str, str, int, int]]]:
+            days = {today, *reports.last_days(database)}
+            return {day: reports.day_totals(database, day) for day in sorted(days)}
+
+        for day, totals in (await self._store.read(read)).items():
+            self.load(day, totals)
 
     def load(self, today: str, totals: list[tuple[str, str, int, int]]) -> None:
         """Take over the totals of a day, as `(key id, organisation or "", tokens, requests)`."""
