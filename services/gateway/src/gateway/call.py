@@ -12,7 +12,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.errors import GatewayError
+    from gateway.journal import Slot
     from gateway.wire import Endpoint, Request
 
 _timings: dict[tuple[str, ...], bytes] = {}  # how a call's stages are told, by which there were
@@ -86,7 +89,8 @@ class Usage:
 class Hold:
     """What a call has taken and must give back: an upper bound of tokens until the truth is known.
 
-    `tokens` were held against the quota day `day` (ISO date in QUOTA_TIMEZONE).
+    `tokens` were held against the quota day `day` (ISO date in QUOTA_TIMEZONE). `slot` is the call's place in the
+    journal, None until it is kept there.
     """
 
     request_id: str
@@ -94,6 +98,7 @@ class Hold:
     tokens: int
     day: str
     expires_at: float  # Unix seconds: the lease
+    slot: Slot | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,10 @@ class UsageRecord:
     day: str
 
 
+def _nowhere(usage: Usage) -> None:
+    """Nothing is held, nothing is kept."""
+
+
 class Call:
     """One request on its way through the stages. Owned by one task; `abort` may be called from elsewhere."""
 
@@ -138,6 +147,7 @@ class Call:
         "limit_headers",
         "loop_lag",
         "mark",
+        "note",
         "outcome",
         "path",
         "queue_seconds",
@@ -171,6 +181,7 @@ class Call:
         self.limit_headers: dict[str, str] = {}  # x-ratelimit-*, set by the budget stage
         self.loop_lag = 0.0  # seconds: how late the event loop ran when the call came
         self.usage = Usage()
+        self.note: Callable[[Usage], None] = _nowhere  # keeps the running usage, set by the budget stage
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None  # what the caller was, or would have been, told
         self.cause: GatewayError | None = None  # why `abort` cancelled the task

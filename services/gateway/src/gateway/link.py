@@ -290,4 +290,6 @@ class Answer:
                 self.fail("given up")
             link.end(self)
 
-    release = close
+    def release(self) -> None:
+        """Give the connection back after the proper end."""
+        self.close()

@@ -38,6 +38,16 @@ def masked(text: str) -> str:
     return _SECRET.sub(lambda found: found[1] + "********", text)
 
 
+class _Forwarded(logging.Handler):
+    """Libraries' own lines: constant event, their text as data."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = masked(record.getMessage())
+        logger.opt(exception=record.exc_info).bind(logger=record.name, text=text).log(
+            record.levelname if record.levelname in _LEVELS else "INFO", "library_log"
+        )
+
+
 def configure_logs(level: str, writer: LineWriter) -> None:
     """Send loguru, and the standard library's loggers through it, to `writer` as JSON lines."""
 
@@ -57,16 +67,20 @@ def configure_logs(level: str, writer: LineWriter) -> None:
     logger.remove()
     logger.add(sink, level=level, backtrace=False, diagnose=False, catch=True)
 
-    class Forwarded(logging.Handler):
-        """Libraries' own lines: constant event, their text as data."""
+    logging.basicConfig(handlers=[_Forwarded()], level=logging.WARNING, force=True)
 
-        def emit(self, record: logging.LogRecord) -> None:
-            text = masked(record.getMessage())
-            logger.opt(exception=record.exc_info).bind(logger=record.name, text=text).log(
-                record.levelname if record.levelname in _LEVELS else "INFO", "library_log"
-            )
 
-    logging.basicConfig(handlers=[Forwarded()], level=logging.WARNING, force=True)
+_LINE = (
+    '{"time":"%s.%06d+00:00","level":"%s","event":"call_closed","request_id":"%s","trace_id":"%s","key_id":%s,%s,'
+    '"outcome":"%s","status":%d,"code":%s,"detail":%s,"stream":%s,"prompt_tokens":%d,"completion_tokens":%d,'
+    '"cached_tokens":%d,"duration_seconds":%.6f,"first_token_seconds":%s,"stages":{%s},"backend":%s}\n'
+)
+_stages: dict[tuple[str, ...], str] = {}  # how the stages of a call are written, by which there were
+
+
+def _quoted(text: str | None) -> str:
+    """A JSON string, or null."""
+    return "null" if text is None else msgspec.json.encode(text).decode()
 
 
 _LINE = (

@@ -5,8 +5,8 @@ concurrency, the key's day, its organisation's day. All are taken or none. What 
 upper bound of its tokens, so that what is settled can never exceed the quota. When only other calls' holds stand in the
 way, the call waits in line for them (first come, first served) instead of being refused.
 
-All state is in memory and has one owner, the event loop; the decision is synchronous. The hold is also a row in the
-database, committed before the call goes on, so that a crash cannot forget it.
+All state is in memory and has one owner, the event loop; the decision is synchronous. What a call holds is kept in the
+journal before it goes on, so that a crash cannot forget it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gateway.errors import (
     RateLimitExceeded,
 )
 from gateway.gcra import Rate, per_minute
+from gateway.journal import Held
 from gateway.keyring import Keyring
 from gateway.settings import Settings
 from gateway.stages.estimate import Ask, ask
@@ -266,14 +267,16 @@ class Budget:
             raise problem
 
     async def hold(self, call: Call) -> bool:
-        """Take every limit for `call` and write its hold; returns when the row is committed.
+        """Take every limit for `call` and keep it in the journal.
 
-        Sets `call.hold` and `call.request.output_limit`. False: the ledger knows this request id already, nothing was
-        taken. Raises the refusal of a limit, or `LedgerUnavailable`. If it is cancelled or fails after taking,
+        Sets `call.hold`, `call.note` and `call.request.output_limit`. False: this request id was used before, nothing
+        was taken. Raises the refusal of a limit, or `LedgerUnavailable`. If it is cancelled or fails after taking,
         `release` gives everything back.
         """
         request = call.request
         assert request is not None
+        if call.request_id in self.live or self._store.knows(call.request_id):
+            return False
         wanted = ask(request, call.caller, self._settings, self._registry.max_model_len(request.model))
         try:
             blocked = self._take(call, wanted, first=True)
@@ -285,29 +288,26 @@ class Budget:
         caller = call.caller
         assert hold is not None
         assert caller is not None
-        row = (
-            hold.request_id,
-            hold.key_id,
-            caller.organisation,
-            request.model if self._registry.serves(request.model) else "other",
-            call.endpoint.name,
-            hold.tokens,
-            hold.day,
-            int(request.stream),
-            call.started_at,
-            hold.expires_at,
-            None if call.trace is None else call.trace.trace_id,
-            0,
-            0,
-            0,
-        )
         try:
-            fresh: bool = await self._store.hold(row)
+            slot = self._store.hold(
+                Held(
+                    hold.request_id,
+                    hold.key_id,
+                    caller.organisation,
+                    request.model if self._registry.serves(request.model) else "other",
+                    call.endpoint.name,
+                    hold.tokens,
+                    hold.day,
+                    request.stream,
+                    call.started_at,
+                    None if call.trace is None else call.trace.trace_id,
+                )
+            )
         except StoreUnavailable:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.") from None
-        if not fresh:
-            self._give_back(call, None)
-        return fresh
+        hold.slot = slot
+        call.note = slot.note
+        return True
 
     # Waiting for others' holds
 

@@ -252,9 +252,11 @@ class Forward:
             try:
                 ready = stream.feed(data)
             except answer.BrokenStream as broken:
+                call.note(call.usage)
                 if broken.before:
                     client.push(broken.before)
                 raise
+            call.note(call.usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
             if stream.tokens and call.first_token_at is None:
                 call.first_token_at = silence.since
             return bool(ready and not client.push(ready)) or stream.ended
@@ -297,6 +299,7 @@ class Forward:
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         if not answer.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
             raise UpstreamError("The engine's answer is not the JSON that it says it is.")
+        call.note(call.usage)
         self._registry.report(call.backend, True)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
@@ -324,6 +327,7 @@ class Forward:
         exchange.release()
         self._registry.report(call.backend, True)
         answer.note_tail(call.usage, tail)
+        call.note(call.usage)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(pending)
