@@ -38,6 +38,16 @@ def masked(text: str) -> str:
     return _SECRET.sub(lambda found: found[1] + "********", text)
 
 
+class _Forwarded(logging.Handler):
+    """Libraries' own lines: constant event, their text as data."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = masked(record.getMessage())
+        logger.opt(exception=record.exc_info).bind(logger=record.name, text=text).log(
+            record.levelname if record.levelname in _LEVELS else "INFO", "library_log"
+        )
+
+
 def configure_logs(level: str, writer: LineWriter) -> None:
     """Send loguru, and the standard library's loggers through it, to `writer` as JSON lines."""
 
@@ -57,16 +67,7 @@ def configure_logs(level: str, writer: LineWriter) -> None:
     logger.remove()
     logger.add(sink, level=level, backtrace=False, diagnose=False, catch=True)
 
-    class Forwarded(logging.Handler):
-        """Libraries' own lines: constant event, their text as data."""
-
-        def emit(self, record: logging.LogRecord) -> None:
-            text = masked(record.getMessage())
-            logger.opt(exception=record.exc_info).bind(logger=record.name, text=text).log(
-                record.levelname if record.levelname in _LEVELS else "INFO", "library_log"
-            )
-
-    logging.basicConfig(handlers=[Forwarded()], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_Forwarded()], level=logging.WARNING, force=True)
 
 
 _LINE = (

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
 import yarl
@@ -25,6 +25,9 @@ from loguru import logger
 from gateway.errors import UpstreamError
 from gateway.link import Answer, BrokenConnection, ConnectError, Link
 from gateway.names import PatientResolver
+
+if TYPE_CHECKING:
+    from gateway.large_body import Buffer
 
 __all__ = ["BrokenConnection", "ConnectError", "Exchange", "Route", "Upstream"]
 
@@ -144,14 +147,18 @@ class Upstream:
         pool = self._pools.setdefault((parts.scheme, parts.host, parts.port), [])
         return Route(method, url, headers, aiohttp.ClientRequest(method, parts, loop=asyncio.get_running_loop()), pool)
 
-    async def open(self, route: Route, headers: Mapping[str, str], body: bytes) -> Exchange:
+    async def open(self, route: Route, headers: Mapping[str, str], body: bytes | list[Buffer]) -> Exchange:
         """Send a request with `headers` beside the route's, and wait for the head of the answer.
+
+        A large body may come in pieces.
 
         Raises `ConnectError` or `BrokenConnection`, and `ValueError` for a header that holds a line break.
         """
         try:
             if self.lean:
                 return await self._open_lean(route, headers, body)
+            if isinstance(body, list):
+                body = await asyncio.to_thread(b"".join, body)
             data = io.BytesIO(body) if len(body) > LARGE_BYTES else body or None
             response = await self._session.request(
                 route.method, route.url, headers={**route.headers, **headers}, data=data, allow_redirects=False
@@ -164,7 +171,7 @@ class Upstream:
             raise BrokenConnection("The engine broke off before it answered.") from error
         return _SessionExchange(response)
 
-    async def _open_lean(self, route: Route, headers: Mapping[str, str], body: bytes) -> Answer:
+    async def _open_lean(self, route: Route, headers: Mapping[str, str], body: bytes | list[Buffer]) -> Answer:
         fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if fields.count("\n") != len(headers) or fields.count("\r") != len(headers):
             raise ValueError("a request header holds a line break")
@@ -177,7 +184,8 @@ class Upstream:
             link = Link(connection, asyncio.get_running_loop(), route.pool)
             if self._sweeper is None:
                 self._sweep()
-        answer = link.send(f"{route.start}{fields}content-length: {len(body)}\r\n\r\n".encode("latin-1"), body)
+        size = len(body) if isinstance(body, bytes) else sum(map(len, body))
+        answer = link.send(f"{route.start}{fields}content-length: {size}\r\n\r\n".encode("latin-1"), body)
         try:
             await answer.head()
         except BaseException:
