@@ -19,6 +19,9 @@ SERVICES = {"gateway": "gateway.settings", "vllm": "engine.settings", "gpu-expor
 PASSED_ON = "      # Passed on when set; the defaults are the service's own."
 # One process beside its database; the images know their own Python and device; only the download has the hub's token.
 FIXED = {"GATEWAY_WORKERS", "SPOOL_DIR", "ENGINE_DEVICE", "VLLM_PYTHON", "ENGINE_VENV", "HF_TOKEN"}
+# Several machines have Compose files of their own, and scripts/hosts writes what these need.
+CLUSTER = {"ENGINE_NODES", "RAY_HEAD_ADDRESS", "RAY_NODE_ADDRESS", "RAY_PORT", "RAY_TOKEN"}
+FIXED |= CLUSTER
 SECTIONS = {
     "##@ The gateway: limits (0 = none), queue, deadlines, telling": "gateway.settings",
     "##@ The engine": "engine.settings",
@@ -28,7 +31,7 @@ SECTIONS = {
 DECIDED = {
     "GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_WORKERS", "VLLM_URL", "TRUSTED_PROXIES", "GPU_EXPORTER_URL",
     "GPU_EXPORTER_HOST", "SPOOL_DIR", "VLLM_HOST", "ENGINE_STATUS_HOST", "ENGINE_STATE_DIR", "VLLM_PYTHON",
-    "ENGINE_DEVICE", "ENGINE_VENV",
+    "ENGINE_DEVICE", "ENGINE_VENV", *CLUSTER,
 }  # fmt: skip
 
 

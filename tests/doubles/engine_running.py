@@ -193,6 +193,6 @@ def control(engine: RunningEngine, **settings: Any) -> None:
     shutil.move(target.with_suffix(".new"), target)
 
 
-def shared_memory(prefix: str = "") -> Iterator[str]:
+def shared_memory(prefix: str | tuple[str, ...] = "") -> Iterator[str]:
     """Names under /dev/shm."""
     return (name for name in os.listdir("/dev/shm") if name.startswith(prefix))

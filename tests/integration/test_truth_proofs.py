@@ -366,7 +366,10 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
         lock = sqlite3.connect(f"{gateway.folder}/gateway.sqlite3", isolation_level=None, timeout=10)
         lock.execute("BEGIN IMMEDIATE")
         try:
-            refused = gateway.chat(max_tokens=2)
+            # Nobody knows that the database refuses until there is something to write; that is safe in the spool.
+            refused = wait_until(
+                "a refusal", lambda: answer if (answer := gateway.chat(max_tokens=2)).status != 200 else None, 15
+            )
             assert (refused.status, refused.code) == (503, "ledger_unavailable")
             assert int(refused.headers["retry-after"]) >= 1
             assert gateway.get("/ready").status == 503
@@ -386,6 +389,8 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             ),
             15,
         )
+        answered = sum(x.get("event") == "call_closed" and x.get("outcome") == "ok" for x in gateway.lines)
+        assert ledger(gateway, "SELECT COUNT(*) FROM usage_records WHERE outcome = 'ok'") == [(answered,)]
         assert ledger(gateway, "SELECT COUNT(*) FROM holds") == [(0,)]
 
 

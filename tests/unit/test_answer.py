@@ -71,6 +71,51 @@ def test_a_healthy_stream_is_what_the_engine_would_have_sent(options: Any, texts
     assert (stream.usage.prompt, stream.usage.completion, stream.usage.cached) == (7, len(texts), 2)
 
 
+@given(newline=st.sampled_from(["\n", "\r\n"]), cuts=st.lists(st.integers(0, 3000), max_size=8), usage=st.booleans())
+def test_an_engine_with_a_looser_hand_is_read_as_well(newline: str, cuts: list[int], usage: bool):
+    """Spaces in the JSON, lines ending in CRLF, usage only at the end, as servers other than vLLM write."""
+
+    def loose(data: dict[str, Any]) -> bytes:
+        return f"data: {json.dumps(data)}{newline}{newline}".encode()
+
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in ("a", "", "b")]
+    last = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}}
+    sent = b"".join(map(loose, chunks)) + (loose(last) if usage else b"") + f"data: [DONE]{newline}{newline}".encode()
+    stream = Stream(request(), Usage())
+
+    got = relay(stream, sent, cuts)
+
+    assert got == b"".join(map(loose, chunks)).replace(b"\r\n", b"\n") + DONE
+    assert stream.tokens
+    assert (stream.usage.prompt, stream.usage.completion) == ((9, 4) if usage else (0, 2))
+
+
+@given(
+    limit=st.integers(8, 40),
+    cuts=st.lists(st.integers(0, 6000), max_size=8),
+    wanted=st.booleans(),
+    running=st.booleans(),
+)
+def test_an_engine_that_goes_on_after_its_limit_is_cut_there(limit: int, cuts: list[int], wanted: bool, running: bool):
+    sent = chunk(None, (7, 0) if running else None)
+    sent += b"".join(chunk(f"t{i} ", (7, i) if running else None) for i in range(1, 50))
+    stream = Stream(request(stream_options={"include_usage": True} if wanted else None), Usage(), limit)
+
+    got = relay(stream, sent, cuts)
+
+    *events, done, rest = got.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    said = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    text = "".join(c["delta"].get("content", "") for event in said for c in event["choices"])
+    tokens = limit - (7 if running else 0)
+    assert text == "".join(f"t{i} " for i in range(1, tokens + 1))
+    assert [c["finish_reason"] for event in said for c in event["choices"]][-1] == "length"
+    assert stream.cut
+    assert stream.usage.total == limit
+    if wanted:
+        assert said[-1]["usage"]["total_tokens"] == limit
+
+
 def test_the_role_chunk_is_not_the_first_token():
     stream = Stream(request(), Usage())
 

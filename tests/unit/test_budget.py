@@ -5,9 +5,9 @@ from datetime import datetime
 from zoneinfo import ZoneInfo
 
 import pytest
-from tests.doubles.stages import SECRET, Clock, stages
+from tests.doubles.stages import SECRET, Clock, Stages, settings_for, stages
 
-from gateway.call import Outcome
+from gateway.call import Outcome, Usage
 from gateway.errors import (
     ConcurrencyExceeded,
     GatewayError,
@@ -218,11 +218,11 @@ async def test_a_waiting_call_that_is_cancelled_leaves_the_line(tmp_path):
         assert made.budget.waiting == 0
 
 
-async def test_cancelled_while_the_hold_is_written_gives_everything_back(tmp_path):
+async def test_cancelled_right_after_admission_gives_everything_back(tmp_path):
     async with stages(tmp_path, DEFAULT_CONCURRENCY=1, DEFAULT_DAILY_TOKENS=1000) as made:
         call = made.call()
         task = asyncio.create_task(made.budget.hold(call))
-        await asyncio.sleep(0)  # taken, and on its way to the disk
+        await asyncio.sleep(0)
         assert call.hold is not None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -356,20 +356,40 @@ async def test_used_request_ids_are_told_and_take_nothing(tmp_path):
     async with stages(tmp_path, DEFAULT_REQUESTS_PER_MINUTE=3, DEFAULT_DAILY_TOKENS=1000) as made:
         first = made.call(request_id="chosen-by-caller")
         assert await made.budget.hold(first)
-        twin = made.call(request_id="chosen-by-caller-2")
-        twin.request_id = "chosen-by-caller"
-        made.budget.live.pop("chosen-by-caller")  # as after a restart: only the database knows
         account = made.budget.account(first.caller.key_id)
-        taken = account.live.pop("chosen-by-caller")
         before = (account.requests_tat, account.day(made.budget.days.today()).held)
-        assert await made.budget.hold(twin) is False
+        twin = made.call(request_id="chosen-by-caller")
+        assert await made.budget.hold(twin) is False  # under way
         assert twin.hold is None
-        assert (account.requests_tat, account.day(made.budget.days.today()).held) == pytest.approx(before)
-        made.budget.live["chosen-by-caller"] = first
-        account.live["chosen-by-caller"] = taken
         await made.end(first)
-        again = made.call(request_id="chosen-by-caller")
-        assert await made.budget.hold(again) is False
+        twin = made.call(request_id="chosen-by-caller")
+        assert await made.budget.hold(twin) is False  # ended not long ago
+        assert (account.requests_tat, before[1]) == pytest.approx((before[0], 150))
+        assert account.day(made.budget.days.today()).held == 0
+
+
+async def test_an_id_of_an_earlier_life_is_extended_in_the_ledger(tmp_path):
+    """Nothing is dropped and nothing charged twice, whichever way the second call ends."""
+    async with stages(tmp_path) as made:
+        call = made.call(request_id="chosen-by-caller")
+        await made.budget.hold(call)
+        await made.end(call, 1, 1)
+    async with stages(tmp_path) as made:
+        call = made.call(request_id="chosen-by-caller")
+        await made.budget.hold(call)
+        await made.end(call, 2, 2)
+    lost = Stages(settings_for(tmp_path))
+    await lost.start()
+    call = lost.call(request_id="chosen-by-caller")
+    await lost.budget.hold(call)
+    call.note(Usage(4, 4, 0, known=True))
+    await lost.stop()  # as if it had been killed: the journal still has the call
+    async with stages(tmp_path) as made:
+        assert made.started.lost == 1
+        rows = made.rows("SELECT request_id, prompt_tokens, outcome FROM usage_records ORDER BY id")
+        assert [row[1:] for row in rows] == [(1, "ok"), (2, "ok"), (4, "lost")]
+        assert len({row[0] for row in rows}) == 3
+        assert all(row[0].startswith("chosen-by-caller") for row in rows)
 
 
 async def test_headers_tell_the_tighter_limit(tmp_path):

@@ -4,7 +4,9 @@ A stream is relayed as bytes. Only whole events leave (`feed` keeps a rest until
 event of ours can follow any relayed byte, and the terminal event is kept back until the call has been recorded.
 
 The byte patterns below cannot be forged by generated text: inside a JSON string every quotation mark is escaped, so
-`"usage":{` only ever stands for the field.
+`"usage":` only ever stands for the field. They allow the spaces that engines other than vLLM write, and lines that end
+with CRLF are relayed as if they ended with LF. An engine that reports no running usage is counted by its deltas, a
+token each, until it says the true number. One that goes on after the limit that it was given is cut at that limit.
 """
 
 from __future__ import annotations
@@ -25,15 +27,17 @@ if TYPE_CHECKING:
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 
-DONE = b"data: [DONE]\n\n"
+_DONE = re.compile(rb"(?:^|\n)(data: ?\[DONE\]\n\n)")
 _OBJECT = rb"\{(?:[^{}]|\{[^{}]*\})*\}"
-_USAGE = re.compile(rb'"usage":(' + _OBJECT + rb")")
-_USAGE_FIELD = re.compile(rb',"usage":' + _OBJECT)
-_FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"]*"|null)')
-_INDEX = re.compile(rb'"index":(\d+)')
-_ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: \{"error"')
-_SEQUENCE = re.compile(rb'"sequence_number":(\d+)')
-_RESPONSE_ID = re.compile(rb'"response":\{"id":"([A-Za-z0-9_-]{1,128})"')
+_USAGE = re.compile(rb'"usage"\s*:\s*(' + _OBJECT + rb")")
+_USAGE_FIELD = re.compile(rb',\s*"usage"\s*:\s*' + _OBJECT)
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_FINGERPRINT = re.compile(rb',\s*"system_fingerprint"\s*:\s*(?:"[^"]*"|null)')
+_INDEX = re.compile(rb'"index"\s*:\s*(\d+)')
+_ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: ?\{\s*"error"\s*:')
+_SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
+_RESPONSE_ID = re.compile(rb'"response"\s*:\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"')
 
 
 class _Details(msgspec.Struct):
@@ -66,6 +70,25 @@ class _Body(msgspec.Struct):
     response: _Message | None = None  # response.completed
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """An event of an OpenAI stream, as far as it shows that tokens were generated."""
+
+    choices: list[_Choice] = []
+
+
+_chunk = msgspec.json.Decoder(_Chunk)
 _usage = msgspec.json.Decoder(_Usage)
 _body = msgspec.json.Decoder(_Body)
 
@@ -108,37 +131,51 @@ def note_body(usage: Usage, body: bytes) -> bool:
 
 def note_tail(usage: Usage, tail: bytes) -> None:
     """Read the usage near the end of a JSON answer that was too large to keep."""
-    at = tail.rfind(b'"usage":{')
-    if at >= 0 and (found := _USAGE.match(tail, at)):
+    if found := _last_usage(tail):
         with contextlib.suppress(msgspec.DecodeError):
             note(usage, _usage.decode(found[1]))
 
 
+def _last_usage(data: bytes) -> re.Match[bytes] | None:
+    end = len(data)
+    while (at := data.rfind(b'"usage"', 0, end)) >= 0:  # the last one is nearly always the field
+        if found := _USAGE.match(data, at):
+            return found
+        end = at
+    return None
+
+
 class Stream:
     """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is
-    the dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
+    the dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none).
+    `limit`: the most tokens, prompt included, that this answer may cost (0: any number); `cut` says that it ended there
+    while the engine was still sending."""
 
     __slots__ = (
         "_by_index",
         "_last",
+        "_limit",
         "_request",
         "_response_id",
         "_rest",
         "_sequence",
+        "cut",
         "ended",
         "tail",
         "tokens",
         "usage",
     )
 
-    def __init__(self, request: Request, usage: Usage) -> None:
+    def __init__(self, request: Request, usage: Usage, limit: int = 0) -> None:
         self._request = request
+        self._limit = limit
         self._rest = b""
         self._last = b""  # an event that may turn out to be the last one
         self._by_index: dict[int, tuple[int, int]] = {}
         self._sequence = -1
         self._response_id = ""
         self.usage = usage
+        self.cut = False
         self.ended = False
         self.tail = b""
         self.tokens = False
@@ -147,6 +184,8 @@ class Stream:
         """Take bytes as they came. Raises `UpstreamError` where the engine itself reports that the stream broke."""
         if self._rest:
             data = self._rest + data
+        if b"\r" in data:  # inside JSON it would be escaped
+            data = data.replace(b"\r\n", b"\n")
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
             if len(data) > MAX_EVENT_BYTES:
@@ -162,39 +201,76 @@ class Stream:
         dialect = self._request.endpoint.dialect
         if dialect == "openai":
             return self._openai(data)
-        return self._messages(data) if dialect == "messages" else self._responses(data)
+        ready = self._messages(data) if dialect == "messages" else self._responses(data)
+        if self._limit and self.usage.total > self._limit:
+            self.usage.completion = max(0, self._limit - self.usage.prompt)
+            raise UpstreamError("The engine went on after the limit of this answer.")
+        return ready
 
     def _openai(self, data: bytes) -> bytes:
-        if b'data: {"error"' in data and (error := _ERROR_EVENT.search(data)):
+        if b'"error"' in data and (error := _ERROR_EVENT.search(data)):
             before = self._openai_usage(data[: error.start() + 2] if error.start() else b"")
             raise BrokenStream(before + self._last)
-        if data.endswith(DONE):
+        if b"[DONE]\n\n" in data and (done := _DONE.search(data)):
             self.ended = True
-            self.tail = DONE
-            data = data[: -len(DONE)]
+            self.tail = done[1]
+            data = data[: done.start(1)]
         ready = self._openai_usage(data)
+        if self._limit and self.usage.total > self._limit:
+            return self._stop(ready)
         if self.ended and self._last:
             ready, self._last = ready + self._last, b""
         return ready
 
+    def _stop(self, ready: bytes) -> bytes:
+        """End at the limit, as an engine that keeps it would: finish_reason "length", usage if asked for, [DONE].
+
+        An event is a token, so as many of the last events as there are tokens too many are left out.
+        """
+        beyond = self.usage.total - self._limit
+        self.usage.completion = max(0, self._limit - self.usage.prompt)
+        self.cut = self.ended = True
+        events = _events(self._last + ready)
+        try:
+            shape = msgspec.json.decode(events[-1].partition(b"data:")[2]) if events else {}
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            shape = {}
+        shape = {name: shape[name] for name in ("id", "object", "created", "model") if name in shape}
+        chat = self._request.endpoint.name == "chat_completions"
+        said: dict[str, object] = {"delta": {}} if chat else {"text": ""}
+        choices = [{"index": number, **said, "finish_reason": "length"} for number in range(max(1, self._request.n))]
+        tail = b"data: " + msgspec.json.encode({**shape, "choices": choices}) + b"\n\n"
+        if self._request.wants_usage:
+            usage = self.usage
+            told = {
+                "prompt_tokens": usage.prompt,
+                "completion_tokens": usage.completion,
+                "total_tokens": usage.total,
+            }
+            tail += b"data: " + msgspec.json.encode({**shape, "choices": [], "usage": told}) + b"\n\n"
+        self.tail = tail + b"data: [DONE]\n\n"
+        return b"".join(events[:-beyond])
+
     def _openai_usage(self, data: bytes) -> bytes:
-        at = data.rfind(b'"usage":{')
-        if at < 0:
+        found = _last_usage(data)
+        if found is None:
+            if not self.usage.known:
+                self._count_deltas(data)
             return data
         if self._request.n > 1:
             self._note_each(data)
-        elif found := _USAGE.match(data, at):
+        else:
             note(self.usage, _usage.decode(found[1]))
         if self.usage.completion > 0:
             self.tokens = True
         request = self._request
         if request.wants_running_usage:
             return data
-        if not request.wants_usage and (self._last or b'"finish_reason":"' in data or b'"choices":[]' in data):
+        if not request.wants_usage and (self._last or _FINISHED.search(data) or _NO_CHOICES.search(data)):
             return self._without_usage(data)
-        if b'"choices":[]' not in data:
+        if not _NO_CHOICES.search(data):
             return _USAGE_FIELD.sub(b"", data)
-        return b"".join(event if b'"choices":[]' in event else _USAGE_FIELD.sub(b"", event) for event in _events(data))
+        return b"".join(event if _NO_CHOICES.search(event) else _USAGE_FIELD.sub(b"", event) for event in _events(data))
 
     def _without_usage(self, data: bytes) -> bytes:
         """Cut out usage and the last event, which exists for it alone.
@@ -203,13 +279,13 @@ class Stream:
         """
         ready = []
         for event in _events(data):
-            if b'"choices":[]' in event:
+            if _NO_CHOICES.search(event):
                 if self._last and (mark := _FINGERPRINT.search(event)):
                     self._last = self._last[: -len(b"}\n\n")] + mark[0] + b"}\n\n"
                 continue
             ready.append(self._last)
             event = _USAGE_FIELD.sub(b"", event)
-            self._last = event if b'"finish_reason":"' in event else b""
+            self._last = event if _FINISHED.search(event) else b""
             if not self._last:
                 ready.append(event)
         return b"".join(ready)
@@ -225,7 +301,7 @@ class Stream:
             if found is None:
                 continue
             said = _usage.decode(found[1])
-            if b'"choices":[]' in event:
+            if _NO_CHOICES.search(event):
                 note(self.usage, said)
             elif index := _INDEX.search(event):
                 self._by_index[int(index[1])] = (said.prompt_tokens or 0, said.completion_tokens or 0)
@@ -233,6 +309,18 @@ class Stream:
                 self.usage.prompt = sum(prompts.values())
                 self.usage.completion = sum(completion for _, completion in self._by_index.values())
                 self.usage.known = True
+
+    def _count_deltas(self, data: bytes) -> None:
+        for event in _events(data):
+            try:
+                choices = _chunk.decode(event.partition(b"data:")[2]).choices
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                continue
+            for choice in choices:
+                said = choice.delta or _Delta()
+                self._count(
+                    bool(choice.text or said.content or said.reasoning_content or said.reasoning or said.tool_calls)
+                )
 
     def _messages(self, data: bytes) -> bytes:
         # Between message_start and message_delta the engine counts nothing aloud: a delta is at least one token.

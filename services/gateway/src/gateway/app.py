@@ -27,6 +27,7 @@ from gateway.keyring import Keyring
 from gateway.lines import LineWriter
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
+from gateway.prompt_count import PromptCounter
 from gateway.reconciliation import Reconciliation
 from gateway.stages import dispatch
 from gateway.stages.auth import Auth
@@ -61,6 +62,7 @@ class Gateway:
         self.metrics = Metrics()
         self.upstream = Upstream(settings.connect_seconds)
         self.registry = Registry.of(settings, self._probe)
+        self.prompt_counter = PromptCounter(self.upstream, self.registry)
         self.keyring = Keyring(settings)
         self.store = Store(settings, self.keyring.apply)
         self.auth = Auth(self.keyring)
@@ -76,6 +78,7 @@ class Gateway:
         self.pipeline = Pipeline(
             settings,
             registry=self.registry,
+            prompt_counter=self.prompt_counter,
             auth=self.auth,
             budget=self.budget,
             capacity=self.capacity,
@@ -121,7 +124,10 @@ class Gateway:
             lengths = [model.get("max_model_len") for model in listed if model.get("max_model_len")]
         except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
             raise UpstreamError(f"/v1/models of {backend.name} cannot be read") from None
-        return Probe(True, names, min(lengths) if lengths else None)
+        template = backend.template_tokens if names == backend.served else None
+        if template is None and names:
+            template = await self.prompt_counter.template(backend, names[0])
+        return Probe(True, names, min(lengths) if lengths else None, template)
 
     def _meter(self) -> Meter | None:
         url = self.settings.gpu_exporter_url

@@ -256,7 +256,7 @@ class Connection(asyncio.Protocol):
             "client": self._peer,
             "server": self._server,
             "state": {},
-            "extensions": {"gateway.disconnect": exchange.on_disconnect, "gateway.close": exchange.close_after},
+            "extensions": {"gateway.exchange": exchange},
         }
         if head.length:
             if head.length < 0:

@@ -1,4 +1,4 @@
-"""`engine serve | fit | fetch | check`."""
+"""`engine serve | node | fit | fetch | check`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="engine", description="vLLM under watch.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("serve", help="run vLLM under its supervisor, in the foreground")
+    verbs.add_parser("node", help="give this machine's GPUs to a model that another machine serves, in the foreground")
     verbs.add_parser("check", help="print the effective configuration and vLLM's command line, secrets hidden")
     fetching = verbs.add_parser("fetch", help="bring a model here, whole and checked; goes on where it stopped")
     fetching.add_argument("model", nargs="?", help="default: MODEL_NAME")
@@ -38,7 +39,7 @@ def main() -> None:
         elif arguments.verb == "fit":
             sys.exit(report.run(configuration, arguments.model, arguments.gpu_memory, arguments.json))
         else:
-            sys.exit(_serve(configuration))
+            sys.exit(_serve(configuration, arguments.verb == "node"))
     except settings.ConfigurationError as error:
         _refuse(error)
 
@@ -70,18 +71,19 @@ def _fetch(configuration: settings.Settings, name: str | None) -> None:
         sys.exit(1)
 
 
-def _serve(configuration: settings.Settings) -> int:
+def _serve(configuration: settings.Settings, as_node: bool) -> int:
     from engine.metrics import Metrics
+    from engine.node import Node
     from engine.status import StatusServer
     from engine.supervisor import Supervisor
 
     logs.configure(configuration.log_level)
     there = place.found(configuration)
-    preflight.check(configuration, there)
+    (preflight.check_node if as_node else preflight.check)(configuration, there)
 
     async def serve() -> int:
         metrics = Metrics()
-        supervisor = Supervisor(configuration, there, metrics)
+        supervisor = (Node if as_node else Supervisor)(configuration, there, metrics)
         page = StatusServer(supervisor.status, metrics)
         host = configuration.engine_status_host
         try:

@@ -25,6 +25,7 @@ class Place:
     model: Path  # folder with the model's files
     served: tuple[str, ...]  # names callers use, the first one is shown
     tp: int
+    interface: str | None = None  # that has this machine's address in a cluster
 
 
 def argv(settings: Settings, place: Place) -> list[str]:
@@ -79,7 +80,7 @@ def environment(settings: Settings, place: Place, base: Mapping[str, str], state
     env = {name: value for name, value in base.items() if value != "" and not name.startswith("ENGINE_")}
     for ours in ("VLLM_HOST", "VLLM_PORT", "VLLM_PYTHON", "VLLM_EXTRA_ARGS", "VLLM_URL", "VLLM_IMAGE"):
         env.pop(ours, None)  # VLLM_PORT means another port inside vLLM
-    for secret in ("VLLM_API_KEY", "HF_TOKEN"):
+    for secret in ("VLLM_API_KEY", "HF_TOKEN", "RAY_TOKEN"):
         env.pop(secret, None)
         env.pop(f"{secret}_FILE", None)
     if settings.vllm_api_key is not None:
@@ -109,6 +110,19 @@ def environment(settings: Settings, place: Place, base: Mapping[str, str], state
         if place.tp > 1:
             # `auto` puts every rank on one core when there are few of them.
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(rank) for rank in range(place.tp)))
+    if settings.ray_head_address and settings.ray_token is not None:
+        env["RAY_ADDRESS"] = f"{settings.ray_head_address}:{settings.ray_port}"
+        env["RAY_AUTH_MODE"] = "token"  # without it whoever reaches a port runs what he likes
+        env["RAY_AUTH_TOKEN"] = settings.ray_token.get_secret_value()
+        env["VLLM_HOST_IP"] = str(settings.ray_node_address)
+        env["VLLM_CONFIG_ROOT"] = str(state / "config")  # what must not go to the other machines, see cluster.py
+        env.setdefault("RAY_ROTATION_MAX_BYTES", str(16 << 20))  # its logs lie in a small memory disk
+        env.setdefault("RAY_ROTATION_BACKUP_COUNT", "1")
+        # A node whose head is gone ends after so many seconds instead of sixty, and can join the next one.
+        env.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+        if place.interface is not None:
+            env.setdefault("NCCL_SOCKET_IFNAME", place.interface)
+            env.setdefault("GLOO_SOCKET_IFNAME", place.interface)
     if protocol := _traces(settings)[1]:
         env["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
         env.setdefault("OTEL_SERVICE_NAME", "vllm")

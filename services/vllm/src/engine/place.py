@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from engine import embedded
+from engine import cluster, embedded
 from engine.command import Place
 from engine.settings import GPU_MODEL, ConfigurationError, Settings
 
@@ -93,4 +93,5 @@ def found(settings: Settings) -> Place:
     if not served:
         served = (name,) if folder != Path(name).expanduser() else (folder.name,)
     tp = settings.tp_size or (2 if on == "gpu" else 1)
-    return Place(on, interpreter, folder, served, tp)
+    own = settings.ray_node_address
+    return Place(on, interpreter, folder, served, tp, cluster.interface_of(own) if own else None)

@@ -7,7 +7,7 @@ import shutil
 import socket
 from typing import Any
 
-from engine import fit, memory, place, shape
+from engine import cluster, fit, memory, place, shape
 from engine.command import Place
 from engine.settings import ConfigurationError, Settings
 
@@ -16,15 +16,39 @@ _STATE_BYTES = 256 << 20  # compile caches and evidence
 
 def check(settings: Settings, there: Place) -> None:
     """Raises `ConfigurationError` with every reason why this cannot start. A model that is not here yet is not read."""
-    problems = _disk(settings) + _port(settings)
-    if there.device == "gpu":
-        problems += _gpus(settings, there)
+    problems = _disk(settings) + _port(settings) + _machine(settings, there)
+    if settings.ray_head_address and not cluster.is_head(settings):
+        problems.append(
+            "RAY_NODE_ADDRESS: not the first machine's (RAY_HEAD_ADDRESS): run `engine node` here, not serve"
+        )
     if place.is_present(there.model):
         problems += _model(settings, there)
     elif not place.belongs_to_cache(settings, there.model):
         problems.append(f"MODEL_NAME: {there.model} is no folder with a model (config.json and *.safetensors)")
     if problems:
         raise ConfigurationError(problems)
+
+
+def check_node(settings: Settings, there: Place) -> None:
+    """The same for `engine node`, which loads what the first machine tells it to."""
+    problems = _disk(settings) + _machine(settings, there)
+    if not settings.ray_head_address:
+        problems.append("RAY_HEAD_ADDRESS, RAY_NODE_ADDRESS and RAY_TOKEN are missing: which cluster? (docs/engine.md)")
+    elif cluster.is_head(settings):
+        problems.append(
+            "RAY_NODE_ADDRESS: the first machine's own (RAY_HEAD_ADDRESS): run `engine serve` here, not node"
+        )
+    if not place.is_present(there.model):
+        problems.append(
+            f"MODEL_NAME: {there.model} is not here: `engine fetch` brings it; each machine reads its own copy"
+        )
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def _machine(settings: Settings, there: Place) -> list[str]:
+    found = _gpus(settings, there) if there.device == "gpu" else []
+    return found + (cluster.problems(settings, there) if settings.ray_head_address else [])
 
 
 def _disk(settings: Settings) -> list[str]:
@@ -53,12 +77,13 @@ def _port(settings: Settings) -> list[str]:
 
 
 def _gpus(settings: Settings, there: Place) -> list[str]:
-    count, needed = len(memory.gpus()), there.tp * settings.pp_size
-    if settings.distributed_executor == "ray" or count >= needed:
+    count, needed = len(memory.gpus()), cluster.gpus_each(settings, there.tp)
+    if count >= needed or (settings.distributed_executor == "ray" and settings.ray_head_address is None):
         return []
     if count == 0:
         return ["no NVIDIA GPU answers nvidia-smi: see that the driver and the container toolkit work"]
-    return [f"TP_SIZE: {there.tp} with PP_SIZE {settings.pp_size} needs {needed} GPUs, this machine has {count}"]
+    here = f" on each of {settings.engine_nodes} machines" if settings.engine_nodes > 1 else ""
+    return [f"TP_SIZE: {there.tp} with PP_SIZE {settings.pp_size} needs {needed} GPUs{here}, this machine has {count}"]
 
 
 def _model(settings: Settings, there: Place) -> list[str]:

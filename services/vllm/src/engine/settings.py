@@ -13,6 +13,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from importlib.resources import files
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from engine import embedded
 
 GPU_MODEL = "Qwen/Qwen3-8B"  # ungated, instruct, and two 24 GB GPUs hold it with room for long contexts
-SECRETS = ("vllm_api_key", "hf_token")
+SECRETS = ("vllm_api_key", "hf_token", "ray_token")
 # Argv that this package writes itself: given again by hand, two places would decide.
 MANAGED = frozenset(
     """
@@ -75,6 +76,11 @@ class Settings(BaseSettings):
     distributed_executor: Literal["mp", "ray"] | None = Field(
         None, description="`ray` spans machines (docs/engine.md)."
     )
+    engine_nodes: int = Field(1, ge=1, description="Machines that share the model through Ray (docs/engine.md).")
+    ray_head_address: str | None = Field(None, description="First machine's address on the machines' private network.")
+    ray_node_address: str | None = Field(None, description="This machine's own address on it.")
+    ray_port: int = Field(6379, ge=1, le=65535, description="Port of the cluster on the first machine.")
+    ray_token: SecretStr | None = Field(None, description="Secret that the machines of the cluster share.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of each GPU's memory vLLM takes.")
     max_model_len: str | None = Field(
         None, description="Longest context, tokens (8192, 32k, auto); unset: the model's."
@@ -195,9 +201,36 @@ class Settings(BaseSettings):
             and self.quantization in ("fp8", "modelopt", "bitsandbytes")
         ):
             problems.append(f"QUANTIZATION={self.quantization} needs a GPU; leave it out on CPU")
+        problems += self._cluster_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _cluster_problems(self) -> list[str]:
+        given = {name: getattr(self, name) for name in ("ray_head_address", "ray_node_address", "ray_token")}
+        if not any(given.values()):
+            if self.engine_nodes > 1:
+                return ["ENGINE_NODES above 1 needs RAY_HEAD_ADDRESS, RAY_NODE_ADDRESS and RAY_TOKEN (docs/engine.md)"]
+            return []
+        problems = [f"{name.upper()} is missing; a cluster needs it" for name, value in given.items() if not value]
+        if self.distributed_executor != "ray":
+            problems.append("RAY_HEAD_ADDRESS needs DISTRIBUTED_EXECUTOR=ray")
+        if self.engine_nodes < 2:
+            problems.append("RAY_HEAD_ADDRESS needs ENGINE_NODES=2 or more: one machine needs no cluster")
+        elif self.pp_size % self.engine_nodes:
+            problems.append(
+                f"PP_SIZE={self.pp_size} must be a multiple of ENGINE_NODES={self.engine_nodes}: stages go across "
+                "machines, tensor parallelism stays inside one"
+            )
+        addresses = {name: given[name] for name in ("ray_head_address", "ray_node_address") if given[name]}
+        problems += [
+            f"{name.upper()}={address} is no IPv4 address of a private network, and Ray runs whatever reaches it"
+            for name, address in addresses.items()
+            if not is_private(address)
+        ]
+        if self.ray_token is not None and len(self.ray_token.get_secret_value()) < 32:
+            problems.append("RAY_TOKEN must have 32 characters or more (openssl rand -hex 32)")
+        return problems
 
     def hidden(self) -> dict[str, Any]:
         """The effective configuration, variable by variable, with secrets hidden."""
@@ -206,6 +239,14 @@ class Settings(BaseSettings):
             value = getattr(self, name)
             shown[name.upper()] = "********" if isinstance(value, SecretStr) else _plain(value)
         return shown
+
+
+def is_private(address: str) -> bool:
+    """Whether `address` is an IPv4 address that the internet does not route."""
+    try:
+        return not IPv4Address(address).is_global
+    except ValueError:
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from loguru import logger
 
 from engine import cause, command, evidence, family, place, progress
 from engine.child import Child
+from engine.cluster import Cluster, keep_here
 from engine.command import Place
 from engine.metrics import Metrics
 from engine.probe import Canary, Probe
@@ -58,6 +59,7 @@ class Supervisor:
         self.life = Life(clock)
         self._restarts = Restarts(settings.engine_restarts, settings.engine_restart_window_seconds)
         self._child: Child | None = None
+        self._cluster: Cluster | None = None
         self._token = secrets.token_hex(16)
         self._state_dir = settings.engine_state_dir.expanduser().absolute()
         self._last_line = ""
@@ -134,9 +136,25 @@ class Supervisor:
                 await process.wait()
 
     async def _one_run(self) -> End | None:
-        """One vLLM from start to end; None when it was us who wanted the end."""
+        """One vLLM from start to end, in its cluster if it has one; None when it was us who wanted the end."""
         self._install_plugin()
         env = command.environment(self._settings, self._place, os.environ, self._state_dir, self._token)
+        if self._settings.ray_head_address is None:
+            return await self._one_vllm(env)
+        keep_here(self._state_dir)
+        async with Cluster(self._settings, self._place, env, self._heard) as gathered:
+            problem = await self._unless_stopped(gathered.gather())
+            if self._stop.is_set():
+                return None
+            if problem is not None:
+                return End(Reason.START_FAILED, problem, False, True)
+            self._cluster = gathered
+            try:
+                return await self._one_vllm(env)
+            finally:
+                self._cluster = None
+
+    async def _one_vllm(self, env: dict[str, str]) -> End | None:
         argv = command.argv(self._settings, self._place)
         logger.bind(argv=argv).info("engine_starting")
         self.life.enter(Phase.WEIGHTS)
@@ -248,9 +266,10 @@ class Supervisor:
         self._move(State.HUNG, words)
         facts = {"reason": words, "status": self.status(), "bound_seconds": dog.bound(), "model": self._place.served[0]}
         env = command.environment(self._settings, self._place, os.environ, self._state_dir, "")
+        members = child.members() + (self._cluster.members() if self._cluster else [])
         with contextlib.suppress(OSError):  # a full disk must not keep a dead engine
             self._last_evidence = await evidence.take(
-                self._state_dir / "evidence", "hung", facts, list(child.lines), child.members(), env
+                self._state_dir / "evidence", "hung", facts, list(child.lines), members, env
             )
         return End(Reason.HUNG, words, True, True)
 

@@ -5,8 +5,8 @@ concurrency, the key's day, its organisation's day. All are taken or none. What 
 upper bound of its tokens, so that what is settled can never exceed the quota. When only other calls' holds stand in the
 way, the call waits in line for them (first come, first served) instead of being refused.
 
-All state is in memory and has one owner, the event loop; the decision is synchronous. The hold is also a row in the
-database, committed before the call goes on, so that a crash cannot forget it.
+All state is in memory and has one owner, the event loop; the decision is synchronous. What a call holds is kept in the
+journal before it goes on, so that a crash cannot forget it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from gateway.errors import (
     RateLimitExceeded,
 )
 from gateway.gcra import Rate, per_minute
+from gateway.journal import Held
 from gateway.keyring import Keyring
 from gateway.settings import Settings
 from gateway.stages.estimate import Ask, ask
-from gateway.store import Store, StoreUnavailable, reports
+from gateway.store import Database, Store, StoreUnavailable, reports
 
 _MOST_ADDRESSES = 65_536
 
@@ -113,9 +114,18 @@ class Budget:
         return self._keyring.caller(key_id)
 
     async def start(self) -> None:
-        """Read what was used today; call it after the store's start and before the first call."""
+        """Read what was used today; call it after the store's start and before the first call.
+
+        And on the last days with calls, whichever they are: the clock may be wrong at the start and be set right later.
+        """
         today = self.days.today()
-        self.load(today, await self._store.read(lambda database: reports.day_totals(database, today)))
+
+        def read(database: Database) -> dict[str, list[tuple[str, str, int, int]]]:
+            days = {today, *reports.last_days(database)}
+            return {day: reports.day_totals(database, day) for day in sorted(days)}
+
+        for day, totals in (await self._store.read(read)).items():
+            self.load(day, totals)
 
     def load(self, today: str, totals: list[tuple[str, str, int, int]]) -> None:
         """Take over the totals of a day, as `(key id, organisation or "", tokens, requests)`."""
@@ -238,20 +248,35 @@ class Budget:
         self.live[call.request_id] = call
         return None
 
+    def scarce(self, call: Call) -> bool:
+        """Whether what is left of the day is so little that the exact length of the prompt matters."""
+        caller, request = call.caller, call.request
+        if caller is None or request is None or not call.endpoint.metered:
+            return False
+        limits = [(caller.limits.daily_tokens, self._account(caller))]
+        if caller.organisation is not None:
+            limits.append((caller.organisation_daily_tokens, self.organisation(caller.organisation)))
+        output = self._settings.default_output_tokens if request.max_output is None else request.max_output
+        most = request.prompt_bound + request.n * output
+        today = self.days.today()
+        return any(limit and limit - account.day(today).used < most for limit, account in limits)
+
     def _raise_problem(self, caller: Caller) -> None:
         problem = self._keyring.problem(caller)
         if problem is not None:
             raise problem
 
     async def hold(self, call: Call) -> bool:
-        """Take every limit for `call` and write its hold; returns when the row is committed.
+        """Take every limit for `call` and keep it in the journal.
 
-        Sets `call.hold` and `call.request.output_limit`. False: the ledger knows this request id already, nothing was
-        taken. Raises the refusal of a limit, or `LedgerUnavailable`. If it is cancelled or fails after taking,
+        Sets `call.hold`, `call.note` and `call.request.output_limit`. False: this request id was used before, nothing
+        was taken. Raises the refusal of a limit, or `LedgerUnavailable`. If it is cancelled or fails after taking,
         `release` gives everything back.
         """
         request = call.request
         assert request is not None
+        if call.request_id in self.live or self._store.knows(call.request_id):
+            return False
         wanted = ask(request, call.caller, self._settings, self._registry.max_model_len(request.model))
         try:
             blocked = self._take(call, wanted, first=True)
@@ -263,29 +288,26 @@ class Budget:
         caller = call.caller
         assert hold is not None
         assert caller is not None
-        row = (
-            hold.request_id,
-            hold.key_id,
-            caller.organisation,
-            request.model if self._registry.serves(request.model) else "other",
-            call.endpoint.name,
-            hold.tokens,
-            hold.day,
-            int(request.stream),
-            call.started_at,
-            hold.expires_at,
-            None if call.trace is None else call.trace.trace_id,
-            0,
-            0,
-            0,
-        )
         try:
-            fresh: bool = await self._store.hold(row)
+            slot = self._store.hold(
+                Held(
+                    hold.request_id,
+                    hold.key_id,
+                    caller.organisation,
+                    request.model if self._registry.serves(request.model) else "other",
+                    call.endpoint.name,
+                    hold.tokens,
+                    hold.day,
+                    request.stream,
+                    call.started_at,
+                    None if call.trace is None else call.trace.trace_id,
+                )
+            )
         except StoreUnavailable:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.") from None
-        if not fresh:
-            self._give_back(call, None)
-        return fresh
+        hold.slot = slot
+        call.note = slot.note
+        return True
 
     # Waiting for others' holds
 

@@ -7,6 +7,7 @@ belongs to the thread that opened it (peewee keeps one per thread).
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ class Database:
                 tcp_user_timeout=10_000,
                 options="-c statement_timeout=30000 -c lock_timeout=5000",
             )
+        self._url = url
         self._texts: dict[str, str] = {}
         password = urlsplit(url).password if not self.sqlite and "[" not in url else None
         self._hidden = [] if self.sqlite else [part for part in (url, password, unquote(password or "")) if part]
@@ -217,9 +219,23 @@ class Database:
             self._lock_file = None
 
     @property
+    def identity(self) -> str:
+        """Eight hexadecimal digits that tell PostgreSQL databases apart; users and passwords may change."""
+        parts = urlsplit(self._url)
+        where = f"{parts.netloc.rpartition('@')[2]}{parts.path}?{parts.query}"
+        return hashlib.blake2b(where.encode(), digest_size=4).hexdigest()
+
+    @property
     def place(self) -> str:
         """Where the data is, for a log line: never a password."""
         return str(self.path) if self.path is not None else "postgresql"
+
+
+def journal_path(database: Database, folder: Path) -> Path:
+    """Where calls under way are kept: beside the SQLite file, for PostgreSQL in `folder` under the database's name."""
+    if database.path is not None:
+        return database.path.with_name(database.path.name + ".calls")
+    return folder / f"usage-{database.identity}.calls"
 
 
 def spool_folder(database: Database, configured: str | None) -> Path:
