@@ -168,6 +168,19 @@ def test_numbers_that_would_stop_the_engine_never_reach_it(gateway, engine):
     assert gateway.chat(max_tokens=2).status == 200
 
 
+def test_one_call_that_breaks_its_connection_takes_the_engine_from_nobody(engine):
+    """Tried again, it fails again; that is one failure of the engine, and not enough to open its breaker."""
+    with GatewayProcess(VLLM_URL=engine.url, VLLM_API_KEY="k-engine", BREAKER_FAILURES=3) as gateway:
+        before = len(engine.requests())
+        broken = gateway.chat("double:die=headers", max_tokens=2)
+        assert (broken.status, broken.code) == (502, "upstream_error")
+        assert 1 <= len(engine.requests()) - before <= 3
+        assert gateway.chat(max_tokens=2).status == 200
+        for _ in range(3):
+            gateway.chat("double:die=headers", max_tokens=2)
+        assert gateway.get("/ready").status == 503  # three calls in a row are another matter
+
+
 def test_no_package_of_ours_runs_code_at_every_start_of_python():
     """A `.pth` file with an `import` line runs whenever Python starts; an attacked package came with one."""
     allowed = {"distutils-precedence.pth"}  # setuptools' own; the services' images have no setuptools
