@@ -83,19 +83,6 @@ def _quoted(text: str | None) -> str:
     return "null" if text is None else msgspec.json.encode(text).decode()
 
 
-_LINE = (
-    '{"time":"%s.%06d+00:00","level":"%s","event":"call_closed","request_id":"%s","trace_id":"%s","key_id":%s,%s,'
-    '"outcome":"%s","status":%d,"code":%s,"detail":%s,"stream":%s,"prompt_tokens":%d,"completion_tokens":%d,'
-    '"cached_tokens":%d,"duration_seconds":%.6f,"first_token_seconds":%s,"stages":{%s},"backend":%s}\n'
-)
-_stages: dict[tuple[str, ...], str] = {}  # how the stages of a call are written, by which there were
-
-
-def _quoted(text: str | None) -> str:
-    """A JSON string, or null."""
-    return "null" if text is None else msgspec.json.encode(text).decode()
-
-
 class _Children:
     """Metric children of one (endpoint, model), looked up once."""
 
