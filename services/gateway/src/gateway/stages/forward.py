@@ -62,6 +62,9 @@ class _Silence:
         self.ping: asyncio.Task[None] | None = None
 
 
+MOST_RETRIES = 2  # of one call, however much of the budget is left
+
+
 class RetryBudget:
     """At most `ratio` retries a call on the long run, and a few at once after a quiet time."""
 
@@ -177,6 +180,7 @@ class Forward:
         request = call.request
         assert request is not None
         self._retries.earn()
+        failed: list[Backend] = []
         body: bytes | list[Buffer]
         while True:
             backend = call.backend
@@ -196,8 +200,12 @@ class Forward:
             try:
                 exchange = await self._upstream.open(route, headers, body)
             except (ConnectError, BrokenConnection) as error:
-                self._registry.report(backend, False)
-                if not self._again(call):
+                # A call that breaks whatever it meets is one failure of an engine, however often it was tried: alone
+                # it must not open a breaker for everybody.
+                if backend not in failed:
+                    self._registry.report(backend, False)
+                failed.append(backend)
+                if len(failed) > MOST_RETRIES or not self._again(call):
                     if isinstance(error, ConnectError):
                         raise NoBackend("The engine cannot be reached at the moment.") from error
                     raise
