@@ -56,6 +56,7 @@ class RunningEngine:
             **environment,
         }
         self.log = folder / "log.txt"
+        self.before: list[str] = []  # a program that runs `engine`, if not directly
         self.process: subprocess.Popen[bytes] | None = None
         self._shared_memory = set(os.listdir("/dev/shm"))
         self._sessions: set[int] = set()
@@ -64,7 +65,12 @@ class RunningEngine:
         """Start it; it need not be ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [ENGINE, "serve"], env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+                [*self.before, ENGINE, "serve"],
+                env=self.environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         return self
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import answer, wire
+from gateway import answer, reported, wire
 from gateway.call import Outcome
 from gateway.errors import (
     ClientGone,
@@ -305,7 +305,7 @@ class Forward:
                 return
         exchange.release()
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if not answer.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
+        if not reported.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
             raise UpstreamError("The engine's answer is not the JSON that it says it is.")
         call.note(call.usage)
         self._registry.report(call.backend, True)
@@ -334,7 +334,7 @@ class Forward:
             pending = data
         exchange.release()
         self._registry.report(call.backend, True)
-        answer.note_tail(call.usage, tail)
+        reported.note_tail(call.usage, tail)
         call.note(call.usage)
         call.outcome = Outcome.OK
         await self._finish(call)
