@@ -82,6 +82,7 @@ class Budget:
         self._organisations: dict[str, Account] = {}
         self._addresses: dict[str, float] = {}
         self._address_rate = per_minute(settings.ip_requests_per_minute) if settings.ip_requests_per_minute else None
+        self._deleted: set[str] = set()  # keys that are no more, until their accounts can be forgotten
         self._waiting: set[Account] = set()
         self._waiters = 0
         self.live: dict[str, Call] = {}
@@ -385,7 +386,14 @@ class Budget:
             self._wake(account)
 
     def tick(self) -> None:
-        """Now and then: let waiting calls see a new day or a changed limit; end calls of keys that expired."""
+        """Now and then: let waiting calls see a new day or a changed limit; end calls of keys that expired; forget
+        what deleted keys have used."""
+        for key_id in tuple(self._deleted):
+            back = self._keyring.caller(key_id) is not None  # an older database was put in its place
+            if back or self._keys[key_id].idle:
+                self._deleted.discard(key_id)
+                if not back:
+                    del self._keys[key_id]
         for account in tuple(self._waiting):
             self._wake(account)
         for call in tuple(self.live.values()):
@@ -400,6 +408,8 @@ class Budget:
         account = self._keys.get(key_id)
         if account is None:
             return
+        if self._keyring.caller(key_id) is None:
+            self._deleted.add(key_id)
         for request_id in tuple(account.live):
             if (call := self.live.get(request_id)) is not None:
                 call.abort(cause)
