@@ -62,7 +62,7 @@ class Database:
                 },
                 lock_type="IMMEDIATE",
                 timeout=busy_seconds,
-                cached_statements=256,
+                cached_statements=512,
             )
         else:
             self._database = peewee.PostgresqlDatabase(
