@@ -32,7 +32,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 flags = sorted({flag for action in parser._actions for flag in action.option_strings})
 names = sorted(name for name in vllm.envs.environment_variables if name.startswith("VLLM_"))
-print(json.dumps({"flags": flags, "names": names}))
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+print(json.dumps({"flags": flags, "names": names, "methods": QUANTIZATION_METHODS}))
 """
 
 
@@ -100,6 +101,7 @@ def test_the_pinned_vllm_knows_all_that_we_say(built: dict[str, str]) -> None:
     truth = json.loads(told.stdout.splitlines()[-1])
     assert (GOLDEN / "vllm-flags.txt").read_text().splitlines() == truth["flags"]
     assert settings.vllm_names() == set(truth["names"])
+    assert settings.vllm_quantizations() == set(truth["methods"])
 
 
 @pytest.mark.long
