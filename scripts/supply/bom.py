@@ -39,8 +39,11 @@ def python_component(package: Package) -> Component:
     }
     if package.hashes:
         component["hashes"] = [{"alg": "SHA-256", "content": one} for one in package.hashes]
-    if package.marker:
-        component["properties"] = [{"name": "appliance:marker", "value": package.marker}]
+    told = {"marker": package.marker, "optional": package.optional}
+    if any(told.values()):
+        component["properties"] = [
+            {"name": f"appliance:{name}", "value": value} for name, value in told.items() if value
+        ]
     return component
 
 

@@ -1,7 +1,7 @@
 """What each image of ours is made of, as far as the checkout tells: lock files and images it is built on."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -12,6 +12,8 @@ DOCKERFILES = {
     "engine": "services/vllm/Dockerfile",
     "engine-cpu": "services/vllm/Dockerfile.cpu",
 }
+# Lock files of which an image holds nothing unless it was built with the argument.
+OPTIONAL = {"requirements/ray.txt": "WITH_RAY"}
 _PACKAGE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^ ;\\]+)(?: *; *([^\\]+?))? *\\?$")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 
@@ -22,12 +24,14 @@ class LockError(Exception):
 
 @dataclass(frozen=True, order=True)
 class Package:
-    """One locked Python package. `hashes` are SHA-256 of the files that may be installed, `marker` where it applies."""
+    """One locked Python package. `hashes` are SHA-256 of the files that may be installed, `marker` where it applies,
+    `optional` the build argument without which an image has it not."""
 
     name: str
     version: str
     marker: str = ""
     hashes: tuple[str, ...] = ()
+    optional: str = ""
 
 
 def packages(lock: Path) -> list[Package]:
@@ -60,12 +64,19 @@ def dockerfile(image: str) -> str:
 
 
 def lock_files(image: str) -> list[Path]:
-    """The lock files that an image's Dockerfile installs, in order."""
-    copies = re.findall(r"^COPY (requirements/.*)$", dockerfile(image), re.MULTILINE)
-    named = [name for copy in copies for name in copy.split() if name.endswith(".txt")]
-    if not named:
+    """The lock files that an image's Dockerfile copies and installs, in order. Raises `LockError`."""
+    text = dockerfile(image).replace("\\\n", " ")
+    copied: dict[str, str] = {}  # where it lies in the image → where it lies in the checkout
+    for line in re.findall(r"^COPY (requirements/.*)$", text, re.MULTILINE):
+        *sources, target = line.split()
+        copied |= {target + Path(source).name if target.endswith("/") else target: source for source in sources}
+    installed = re.findall(r"(?:-r|--requirement) +(\S+)", text)
+    unknown = [name for name in installed if name not in copied]
+    if unknown:
+        raise LockError(f"{DOCKERFILES[image]} installs {unknown[0]}, which it does not copy from requirements/")
+    if not copied:
         raise LockError(f"{DOCKERFILES[image]} copies no lock file")
-    return [REPOSITORY / name for name in dict.fromkeys(named)]
+    return [REPOSITORY / name for name in dict.fromkeys(copied.values())]
 
 
 def unlocked(image: str) -> list[Package]:
@@ -80,7 +91,13 @@ def unlocked(image: str) -> list[Package]:
 
 def contents(image: str) -> list[Package]:
     """Every Python package of an image that the checkout knows, once. Raises `LockError`."""
-    once = {(one.name, one.version): one for lock in lock_files(image) for one in packages(lock)}
+    once: dict[tuple[str, str], Package] = {}
+    for lock in lock_files(image):
+        argument = OPTIONAL.get(str(lock.relative_to(REPOSITORY)), "")
+        for one in packages(lock):
+            known = once.get((one.name, one.version))
+            if known is None or (known.optional and not argument):
+                once[one.name, one.version] = replace(one, optional=argument)
     return sorted([*once.values(), *unlocked(image)])
 
 

@@ -12,6 +12,7 @@ there. What it does wrong is read from the JSON file that DOUBLE_CONTROL names, 
 
 from __future__ import annotations
 
+import _multiprocessing
 import asyncio
 import importlib
 import json
@@ -43,6 +44,9 @@ def core() -> None:
     with memory.open("r+b") as file:
         held = mmap.mmap(file.fileno(), 4096)
     held[0] = 1
+    # As vLLM's workers have: a named semaphore, which nobody unlinks when its maker is killed.
+    semaphore = _multiprocessing.SemLock(1, 1, 1, f"/double_{os.getpid()}", False)
+    semaphore.acquire()
     nothing = subprocess.DEVNULL  # our own pipes must end with us
     subprocess.Popen([sys.executable, __file__, "escaped"], start_new_session=True, stdin=nothing, stdout=nothing)
     for line in sys.stdin:

@@ -56,6 +56,7 @@ class RunningEngine:
             **environment,
         }
         self.log = folder / "log.txt"
+        self.before: list[str] = []  # a program that runs `engine`, if not directly
         self.process: subprocess.Popen[bytes] | None = None
         self._shared_memory = set(os.listdir("/dev/shm"))
         self._sessions: set[int] = set()
@@ -64,7 +65,12 @@ class RunningEngine:
         """Start it; it need not be ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [ENGINE, "serve"], env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+                [*self.before, ENGINE, "serve"],
+                env=self.environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         return self
 
@@ -193,6 +199,6 @@ def control(engine: RunningEngine, **settings: Any) -> None:
     shutil.move(target.with_suffix(".new"), target)
 
 
-def shared_memory(prefix: str = "") -> Iterator[str]:
+def shared_memory(prefix: str | tuple[str, ...] = "") -> Iterator[str]:
     """Names under /dev/shm."""
     return (name for name in os.listdir("/dev/shm") if name.startswith(prefix))

@@ -15,10 +15,10 @@ from tests.doubles.engine_running import RunningEngine, control, shared_memory, 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[RunningEngine]:
-    before = set(shared_memory("psm_double"))
+    before = set(shared_memory(("psm_double", "sem.double")))
     with with_double(tmp_path) as running:
         yield running
-    assert set(shared_memory("psm_double")) <= before
+    assert set(shared_memory(("psm_double", "sem.double"))) <= before
 
 
 def ask(engine: RunningEngine, size: int = 10) -> int:
@@ -104,6 +104,7 @@ def test_whoever_is_killed_it_comes_back_whole(engine: RunningEngine, victim: st
     assert [process for process in family.values() if process.is_running()] == []
     assert engine.zombies() == []
     assert len(list(shared_memory("psm_double"))) == 1
+    assert len(list(shared_memory("sem.double"))) == 1
     assert ask(engine) == 200
 
 
@@ -113,7 +114,7 @@ def test_the_supervisor_killed_leaves_nobody(engine: RunningEngine) -> None:
     engine.process.kill()
     engine.process.wait()
     until("everyone to be gone", lambda: not engine.family(), 20)
-    assert list(shared_memory("psm_double")) == []
+    assert list(shared_memory(("psm_double", "sem.double"))) == []
     engine.start()
     engine.wait_for("ready")
 

@@ -20,6 +20,7 @@ from gateway import journal
 from gateway.store import Database
 
 CLIENTS = 10
+KILLS = int(os.environ.get("KILLS", "500"))  # of the long form
 
 
 @dataclass
@@ -256,7 +257,7 @@ def test_postgresql_survives_kills(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_sqlite_survives_500_kills(tmp_path):
-    prove(f"sqlite:///{tmp_path}/gateway.sqlite3", tmp_path, 500, seed=int.from_bytes(os.urandom(2)))
+    prove(f"sqlite:///{tmp_path}/gateway.sqlite3", tmp_path, KILLS, seed=int.from_bytes(os.urandom(2)))
 
 
 @pytest.mark.long
@@ -264,4 +265,4 @@ def test_sqlite_survives_500_kills(tmp_path):
 @pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed (Debian: apt-get install postgresql)")
 def test_postgresql_survives_500_kills(tmp_path):
     with postgres() as server:
-        prove(server.database(), tmp_path, 500, seed=int.from_bytes(os.urandom(2)))
+        prove(server.database(), tmp_path, KILLS, seed=int.from_bytes(os.urandom(2)))

@@ -33,7 +33,7 @@ class Deeds:
         self.gateway_kills = 0
         self._chance = random.Random(seed)
         self._alive: dict[str, str] = {}  # id → secret
-        self._gateway = asyncio.Lock()  # one hand on the gateway at a time
+        self._gateway, self._engine = asyncio.Lock(), asyncio.Lock()  # one hand on each at a time
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -147,25 +147,27 @@ class Deeds:
                 self.problems.append("a backup without a ledger")
 
     async def restart_engine(self) -> None:
-        await asyncio.to_thread(self._engine_again, self.site.engine.stop)
+        async with self._engine:
+            await asyncio.to_thread(self._engine_again, self.site.engine.stop)
 
     async def kill_engine(self) -> None:
-        self.engine_kills += 1
-        await asyncio.to_thread(self._engine_again, self.site.engine.kill)
+        async with self._engine:
+            self.engine_kills += 1
+            await asyncio.to_thread(self._engine_again, self.site.engine.kill)
 
     def _engine_again(self, end: Callable[[], None]) -> None:
-        if self.site.engine.process is not None:
-            end()
-            self.site.engine.start()
+        end()
+        self.site.engine.start()
 
     async def hang_engine(self) -> None:
         """Two seconds without a sign of life, under every call that runs."""
         engine = self.site.engine
-        engine.signal(signal.SIGSTOP)
-        try:
-            await asyncio.sleep(2)
-        finally:
-            engine.signal(signal.SIGCONT)
+        async with self._engine:
+            engine.signal(signal.SIGSTOP)
+            try:
+                await asyncio.sleep(2)
+            finally:
+                engine.signal(signal.SIGCONT)
 
     async def restart_gateway(self) -> None:
         """SIGTERM, a drain, a start."""

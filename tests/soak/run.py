@@ -214,7 +214,7 @@ def judge_growth(result: dict[str, Any], plan: Plan, samples: list[Sample]) -> N
 
 def bounds(plan: Plan) -> dict[str, float]:
     """What growth is allowed; a short run's line is too noisy for a rate, so its rise is bounded instead."""
-    hours = plan.seconds >= 1800
+    hours = plan.seconds >= 1500
     return {
         "rss per hour, MB": 5 if hours else 0,
         "rss rise, MB": 5 if hours else 6,

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.answer import BrokenStream, Stream, note_body, note_tail
+from gateway.answer import BrokenStream, Stream
 from gateway.call import Usage
 from gateway.errors import KeyDisabled, UpstreamError
+from gateway.reported import note_body, note_tail
 from gateway.wire import ENDPOINTS, Caps, parse
 
 
@@ -277,3 +278,14 @@ def test_an_answer_that_says_nothing_changes_nothing(body: bytes):
     note_tail(usage, body)
 
     assert usage == Usage()
+
+
+@pytest.mark.parametrize(
+    "usage", ['{"prompt_tokens":"many"}', '{"prompt_tokens":1.5}', '{"completion_tokens":[1]}', "{}"]
+)
+def test_a_usage_that_is_none_breaks_nothing(usage: str):
+    said = f'{{"choices":[{{"index":0,"delta":{{"content":"a"}}}}],"usage":{usage}}}'
+    stream = Stream(request(stream_options={"include_usage": True, "continuous_usage_stats": True}), Usage())
+
+    assert relay(stream, event(said) + DONE, []) == event(said) + DONE
+    assert stream.usage.prompt == 0

@@ -5,7 +5,18 @@ import re
 import pytest
 from scripts.supply import bom
 from scripts.supply.advisories import affects
-from scripts.supply.locks import DOCKERFILES, REPOSITORY, LockError, built_on, dockerfile, packages, pulled, unlocked
+from scripts.supply.locks import (
+    DOCKERFILES,
+    REPOSITORY,
+    LockError,
+    built_on,
+    contents,
+    dockerfile,
+    lock_files,
+    packages,
+    pulled,
+    unlocked,
+)
 
 
 def test_every_dockerfile_of_ours_has_a_bill_of_materials():
@@ -25,12 +36,28 @@ def test_every_pulled_image_is_listed():
 def test_images_install_by_hash_alone():
     """A name given to pip in a Dockerfile would be whatever its index serves that day."""
     for image in DOCKERFILES:
-        for call in re.findall(r"pip install ([^&|\n]*)", dockerfile(image).replace("\\\n", " ")):
-            words = [word for word in call.split() if not word.startswith("-")]
-            named = {word for word in words if not word.startswith(("requirements/", "services/"))}
+        calls = re.findall(r"\bpip\b[^&|\n]*? install ([^&|;\n]*)", dockerfile(image).replace("\\\n", " "))
+        assert calls, image
+        for call in calls:
+            plain = re.sub(r"(--target|-r|--requirement) +\S+", "", call)
+            named = {word for word in plain.split() if not word.startswith(("-", "services/"))}
             assert not named, f"{image}: {named}"
             assert "--require-hashes" in call or "--no-deps" in call, f"{image}: {call}"
     assert [one.name for one in unlocked("engine-cpu")] == ["torch"]
+
+
+def test_every_lock_file_that_a_dockerfile_names_is_found():
+    for image in DOCKERFILES:
+        named = set(re.findall(r"requirements/[\w.-]+\.txt", dockerfile(image)))
+        assert {str(lock.relative_to(REPOSITORY)) for lock in lock_files(image)} == named
+        assert all(lock.exists() for lock in lock_files(image))
+
+
+def test_an_optional_package_is_marked_and_one_that_is_there_anyway_is_not():
+    optional = {one.name for one in contents("engine") if one.optional == "WITH_RAY"}
+    always = {one.name for one in packages(REPOSITORY / "requirements" / "vllm.txt")}
+    assert "ray" in optional
+    assert not optional & {one.name for one in contents("engine") if not one.optional and one.name in always}
 
 
 @pytest.mark.parametrize("line", ["aiohttp>=3", "aiohttp==3 # no hash", "-e .", "aiohttp==3.1\n    --hash=md5:00"])

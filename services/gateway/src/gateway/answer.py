@@ -1,4 +1,4 @@
-"""The answers' side of the dialects, without I/O: usage, what to strip, where a stream ends, how a broken one ends.
+"""The answers' side of the dialects, without I/O: what to strip, where a stream ends, how a broken one ends.
 
 A stream is relayed as bytes. Only whole events leave (`feed` keeps a rest until its blank line has come), so that an
 event of ours can follow any relayed byte, and the terminal event is kept back until the call has been recorded.
@@ -11,26 +11,24 @@ token each, until it says the true number. One that goes on after the limit that
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.call import Usage
+from gateway import reported
 from gateway.errors import UpstreamError
 
 if TYPE_CHECKING:
+    from gateway.call import Usage
     from gateway.errors import GatewayError
     from gateway.wire import Request
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 
 _DONE = re.compile(rb"(?:^|\n)(data: ?\[DONE\]\n\n)")
-_OBJECT = rb"\{(?:[^{}]|\{[^{}]*\})*\}"
-_USAGE = re.compile(rb'"usage"\s*:\s*(' + _OBJECT + rb")")
-_USAGE_FIELD = re.compile(rb',\s*"usage"\s*:\s*' + _OBJECT)
+_USAGE_FIELD = re.compile(rb",\s*" + reported.FIELD)
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 _FINGERPRINT = re.compile(rb',\s*"system_fingerprint"\s*:\s*(?:"[^"]*"|null)')
@@ -38,111 +36,6 @@ _INDEX = re.compile(rb'"index"\s*:\s*(\d+)')
 _ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: ?\{\s*"error"\s*:')
 _SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
 _RESPONSE_ID = re.compile(rb'"response"\s*:\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"')
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    """The union of the dialects' usage objects."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-    seconds: float | None = None  # transcriptions report the length of the audio
-
-
-class _Message(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-class _Body(msgspec.Struct):
-    """A JSON answer, or the data of one event, as far as it concerns usage."""
-
-    usage: _Usage | None = None
-    message: _Message | None = None  # message_start
-    response: _Message | None = None  # response.completed
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-
-
-class _Choice(msgspec.Struct):
-    delta: _Delta | None = None
-    text: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    """An event of an OpenAI stream, as far as it shows that tokens were generated."""
-
-    choices: list[_Choice] = []
-
-
-_chunk = msgspec.json.Decoder(_Chunk)
-_usage = msgspec.json.Decoder(_Usage)
-_body = msgspec.json.Decoder(_Body)
-
-# Whisper-style encoders make 50 positions of a second of audio; the engine reports seconds instead of tokens.
-AUDIO_TOKENS_PER_SECOND = 50
-
-
-def note(usage: Usage, said: _Usage) -> None:
-    """Take over what the engine said; a field that it left out keeps its value."""
-    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
-    completion = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
-    if prompt is None and said.total_tokens is not None:
-        prompt = said.total_tokens - (completion or 0)
-    if prompt is None and said.seconds is not None:
-        prompt = round(said.seconds * AUDIO_TOKENS_PER_SECOND)
-    if prompt is not None:
-        usage.prompt = prompt
-    if completion is not None:
-        usage.completion = completion
-    details = said.prompt_tokens_details or said.input_tokens_details
-    if details is not None and details.cached_tokens is not None:
-        usage.cached = details.cached_tokens
-    elif said.cache_read_input_tokens:
-        usage.cached = said.cache_read_input_tokens
-    usage.known = True
-
-
-def note_body(usage: Usage, body: bytes) -> bool:
-    """Read the usage of a whole JSON answer. Returns False if the body is no JSON at all."""
-    try:
-        said = _body.decode(body).usage
-    except msgspec.ValidationError:
-        return True  # JSON of another shape; it says nothing about usage
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    if said is not None:
-        note(usage, said)
-    return True
-
-
-def note_tail(usage: Usage, tail: bytes) -> None:
-    """Read the usage near the end of a JSON answer that was too large to keep."""
-    if found := _last_usage(tail):
-        with contextlib.suppress(msgspec.DecodeError):
-            note(usage, _usage.decode(found[1]))
-
-
-def _last_usage(data: bytes) -> re.Match[bytes] | None:
-    end = len(data)
-    while (at := data.rfind(b'"usage"', 0, end)) >= 0:  # the last one is nearly always the field
-        if found := _USAGE.match(data, at):
-            return found
-        end = at
-    return None
 
 
 class Stream:
@@ -252,15 +145,15 @@ class Stream:
         return b"".join(events[:-beyond])
 
     def _openai_usage(self, data: bytes) -> bytes:
-        found = _last_usage(data)
-        if found is None:
+        said = reported.last(data)
+        if said is None:
             if not self.usage.known:
-                self._count_deltas(data)
+                self._count(sum(map(reported.deltas, _events(data))))
             return data
         if self._request.n > 1:
             self._note_each(data)
         else:
-            note(self.usage, _usage.decode(found[1]))
+            reported.note(self.usage, said)
         if self.usage.completion > 0:
             self.tokens = True
         request = self._request
@@ -297,30 +190,17 @@ class Stream:
         """
         a_prompt = max(1, self._request.n // self._request.prompts)
         for event in _events(data):
-            found = _USAGE.search(event)
-            if found is None:
+            said = reported.last(event)
+            if said is None:
                 continue
-            said = _usage.decode(found[1])
             if _NO_CHOICES.search(event):
-                note(self.usage, said)
+                reported.note(self.usage, said)
             elif index := _INDEX.search(event):
                 self._by_index[int(index[1])] = (said.prompt_tokens or 0, said.completion_tokens or 0)
                 prompts = {number // a_prompt: prompt for number, (prompt, _) in self._by_index.items()}
                 self.usage.prompt = sum(prompts.values())
                 self.usage.completion = sum(completion for _, completion in self._by_index.values())
                 self.usage.known = True
-
-    def _count_deltas(self, data: bytes) -> None:
-        for event in _events(data):
-            try:
-                choices = _chunk.decode(event.partition(b"data:")[2]).choices
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                continue
-            for choice in choices:
-                said = choice.delta or _Delta()
-                self._count(
-                    bool(choice.text or said.content or said.reasoning_content or said.reasoning or said.tool_calls)
-                )
 
     def _messages(self, data: bytes) -> bytes:
         # Between message_start and message_delta the engine counts nothing aloud: a delta is at least one token.
@@ -331,7 +211,7 @@ class Stream:
             if event.startswith(b"event: error"):
                 raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: message_start", b"event: message_delta")):
-                self._note_event(event)
+                reported.note_event(self.usage, event)
             elif event.startswith(b"event: content_block_delta"):
                 self._count(1)
         return self._end_at(data, (b"event: message_stop\n",))
@@ -351,18 +231,8 @@ class Stream:
             if event.startswith((b"event: response.failed", b"event: error")):
                 raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: response.completed", b"event: response.incomplete")):
-                self._note_event(event)
+                reported.note_event(self.usage, event)
         return self._end_at(data, (b"event: response.completed\n", b"event: response.incomplete\n"))
-
-    def _note_event(self, event: bytes) -> None:
-        payload = event.partition(b"data:")[2]
-        try:
-            body = _body.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return
-        for part in (body, body.message, body.response):
-            if part is not None and part.usage is not None:
-                note(self.usage, part.usage)
 
     def _end_at(self, data: bytes, marks: tuple[bytes, ...]) -> bytes:
         for mark in marks:

@@ -61,6 +61,7 @@ class Api:
 def routes(gateway: Gateway) -> Quart:
     """Every route that is not relayed."""
     app = Quart("gateway", static_folder=None)
+    app.url_map.merge_slashes = False  # else `/v1//x` is answered by a redirect to whatever Host the caller sent
     app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024  # admin bodies are small; Quart's default is 16 MiB
     app.config["BODY_TIMEOUT"] = 30
     app.config["RESPONSE_TIMEOUT"] = 60  # nothing is streamed here

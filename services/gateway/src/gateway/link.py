@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httptools
 
 from gateway.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from gateway.large_body import Buffer
 
 READ_BUFFER_BYTES = 131_072  # of an answer that nobody has taken; above, the socket is not read
 HEAD_BYTES = 65_536  # an answer's status line and fields
@@ -50,16 +53,17 @@ class Link(asyncio.Protocol):
 
     # The call's side
 
-    def send(self, request: bytes, body: bytes) -> Answer:
+    def send(self, request: bytes, body: bytes | list[Buffer]) -> Answer:
         """Write a request; its answer, of which nothing has come yet."""
         answer = self._answer = Answer(self)
         self._head_bytes = 0
         self._reusable = False
-        if len(body) <= READ_BUFFER_BYTES:
+        if isinstance(body, bytes) and len(body) <= READ_BUFFER_BYTES:
             self._transport.write(request + body)
         else:
             self._transport.write(request)
-            self._transport.write(body)  # the transport refers to it, and copies nothing
+            for piece in [body] if isinstance(body, bytes) else body:
+                self._transport.write(piece)  # the transport refers to it, and copies nothing
         return answer
 
     def end(self, answer: Answer) -> None:

@@ -23,6 +23,7 @@ from gateway.errors import (
     QueueFull,
     ShuttingDown,
 )
+from gateway.large_body import LargeBodies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,7 @@ class Pipeline:
             remote_media=settings.remote_media,
         )
         self._body_bytes = 0
+        self._large = LargeBodies()
         self.calls: dict[str, Call] = {}
         self.draining = False
 
@@ -146,9 +148,13 @@ class Pipeline:
             except TimeoutError:
                 raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
         if call.endpoint.multipart:
-            request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
+            content_type = client.headers.text(b"content-type")
+            if len(raw) > wire.LARGE_BYTES:
+                request = await asyncio.to_thread(multipart.parse, call.endpoint, raw, content_type, self._caps)
+            else:
+                request = multipart.parse(call.endpoint, raw, content_type, self._caps)
         elif len(raw) > wire.LARGE_BYTES:
-            request = await asyncio.to_thread(wire.parse, call.endpoint, raw, self._caps)
+            request = await self._large.parse(call.endpoint, raw, self._caps)
         else:
             request = wire.parse(call.endpoint, raw, self._caps)
         wanted = client.headers.text(b"x-priority")

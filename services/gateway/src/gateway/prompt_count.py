@@ -20,6 +20,7 @@ from gateway.wire import NOT_PROMPT
 if TYPE_CHECKING:
     from gateway.backends import Backend, Registry
     from gateway.call import Call
+    from gateway.large_body import Buffer
     from gateway.upstream import Upstream
 
 COUNT_SECONDS = 2.0
@@ -72,10 +73,12 @@ class PromptCounter:
             if backend.available(now):
                 fields = {name: request.fields[name] for name in names if name in request.fields}
                 fields["model"] = msgspec.Raw(msgspec.json.encode(self._registry.served_name(backend, request.model)))
-                return (await self._ask(backend, msgspec.json.encode(fields)))[1]
+                body = msgspec.json.encode(fields)
+                whole = body if request.aside is None else request.aside.restore(body)
+                return (await self._ask(backend, whole))[1]
         return None
 
-    async def _ask(self, backend: Backend, body: bytes) -> tuple[int, int | None]:
+    async def _ask(self, backend: Backend, body: bytes | list[Buffer]) -> tuple[int, int | None]:
         """The status (0: no answer) and the count."""
         headers = {"content-type": "application/json"}
         if backend.api_key:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
 import yarl
@@ -25,6 +25,9 @@ from loguru import logger
 from gateway.errors import UpstreamError
 from gateway.link import Answer, BrokenConnection, ConnectError, Link
 from gateway.names import PatientResolver
+
+if TYPE_CHECKING:
+    from gateway.large_body import Buffer
 
 __all__ = ["BrokenConnection", "ConnectError", "Exchange", "Route", "Upstream"]
 
@@ -144,8 +147,10 @@ class Upstream:
         pool = self._pools.setdefault((parts.scheme, parts.host, parts.port), [])
         return Route(method, url, headers, aiohttp.ClientRequest(method, parts, loop=asyncio.get_running_loop()), pool)
 
-    async def open(self, route: Route, headers: Mapping[str, str], body: bytes) -> Exchange:
+    async def open(self, route: Route, headers: Mapping[str, str], body: bytes | list[Buffer]) -> Exchange:
         """Send a request with `headers` beside the route's, and wait for the head of the answer.
+
+        A large body may come in pieces.
 
         Raises `ConnectError` or `BrokenConnection`, and `ValueError` for a header that holds a line break.
         """
@@ -158,7 +163,8 @@ class Upstream:
             link = self._idle(route.pool) if route.pool else None
             if link is None:
                 link = await self._connect(route)
-            answer = link.send(f"{route.start}{fields}content-length: {len(body)}\r\n\r\n".encode("latin-1"), body)
+            size = len(body) if isinstance(body, bytes) else sum(map(len, body))
+            answer = link.send(f"{route.start}{fields}content-length: {size}\r\n\r\n".encode("latin-1"), body)
             try:
                 await answer.head()
             except BaseException:
@@ -172,7 +178,9 @@ class Upstream:
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, ConnectionError, OSError) as error:
             raise BrokenConnection("The engine broke off before it answered.") from error
 
-    async def _open_session(self, route: Route, headers: Mapping[str, str], body: bytes) -> Exchange:
+    async def _open_session(self, route: Route, headers: Mapping[str, str], body: bytes | list[Buffer]) -> Exchange:
+        if isinstance(body, list):
+            body = await asyncio.to_thread(b"".join, body)
         data = io.BytesIO(body) if len(body) > LARGE_BYTES else body or None
         return _SessionExchange(
             await self._session.request(

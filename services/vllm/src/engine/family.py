@@ -81,21 +81,31 @@ def members(session: int, root: int | None = None) -> list[Process]:
 
 
 def shared_memory(pids: list[int]) -> set[str]:
-    """Files under /dev/shm that these processes hold, mapped or open."""
+    """Files under /dev/shm that these processes hold, mapped or open.
+
+    Found by inode: a named semaphore is made under another name and linked, so its mapping shows a deleted file.
+    """
+    files = {}
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(_SHARED_MEMORY):
+            with contextlib.suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                files[found.st_dev, found.st_ino] = entry.path
     held: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-                place = line.find(_SHARED_MEMORY)
-                if place >= 0 and not line.endswith("(deleted)"):
-                    held.add(line[place:])
+                fields = line.split(None, 5)  # range, rights, offset, device, inode, path
+                if len(fields) == 6 and fields[5].startswith(_SHARED_MEMORY):
+                    major, minor = (int(part, 16) for part in fields[3].split(":"))
+                    held.add(files.get((os.makedev(major, minor), int(fields[4])), ""))
         with contextlib.suppress(OSError):
             for entry in os.scandir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
-                    target = os.readlink(entry.path)
-                    if target.startswith(_SHARED_MEMORY) and not target.endswith("(deleted)"):
-                        held.add(target)
-    return held
+                    if os.readlink(entry.path).startswith(_SHARED_MEMORY):
+                        opened = entry.stat()
+                        held.add(files.get((opened.st_dev, opened.st_ino), ""))
+    return held - {""}
 
 
 def unlink_abandoned(files: set[str]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 from loguru import logger
 
-from engine import cause, command, evidence, family, place, progress
+from engine import cause, command, evidence, family, place, progress, stacks
 from engine.child import Child
 from engine.cluster import Cluster, keep_here
 from engine.command import Place
@@ -335,3 +335,4 @@ class Supervisor:
         plugin = self._state_dir / "plugin"
         plugin.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(progress.__file__), plugin / f"{command.PROGRESS_MODULE}.py")
+        shutil.copyfile(Path(stacks.__file__), plugin / "sitecustomize.py")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import answer, wire
+from gateway import answer, reported, wire
 from gateway.call import Outcome
 from gateway.errors import (
     ClientGone,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gateway.backends import Backend
     from gateway.call import Call
     from gateway.client import Client, RawHeaders
+    from gateway.large_body import Buffer
     from gateway.settings import Settings
     from gateway.wire import Endpoint
 
@@ -59,6 +60,9 @@ class _Silence:
         self.what = "before its first byte"
         self.quiet = True  # the relay waits for the engine, nothing is being written
         self.ping: asyncio.Task[None] | None = None
+
+
+MOST_RETRIES = 2  # of one call, however much of the budget is left
 
 
 class RetryBudget:
@@ -176,6 +180,8 @@ class Forward:
         request = call.request
         assert request is not None
         self._retries.earn()
+        failed: list[Backend] = []
+        body: bytes | list[Buffer]
         while True:
             backend = call.backend
             headers = {"x-request-id": call.request_id}
@@ -186,7 +192,7 @@ class Forward:
                 headers["content-type"] = client.headers.text(b"content-type")
             else:
                 served = self._registry.served_name(backend, request.model)
-                if request.body_bytes > wire.LARGE_BYTES:
+                if request.parsed_bytes > wire.LARGE_BYTES:
                     body = await asyncio.to_thread(wire.payload, request, served)
                 else:
                     body = wire.payload(request, served)
@@ -194,8 +200,12 @@ class Forward:
             try:
                 exchange = await self._upstream.open(route, headers, body)
             except (ConnectError, BrokenConnection) as error:
-                self._registry.report(backend, False)
-                if not self._again(call):
+                # A call that breaks whatever it meets is one failure of an engine, however often it was tried: alone
+                # it must not open a breaker for everybody.
+                if backend not in failed:
+                    self._registry.report(backend, False)
+                failed.append(backend)
+                if len(failed) > MOST_RETRIES or not self._again(call):
                     if isinstance(error, ConnectError):
                         raise NoBackend("The engine cannot be reached at the moment.") from error
                     raise
@@ -295,7 +305,7 @@ class Forward:
                 return
         exchange.release()
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if not answer.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
+        if not reported.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
             raise UpstreamError("The engine's answer is not the JSON that it says it is.")
         call.note(call.usage)
         self._registry.report(call.backend, True)
@@ -324,7 +334,7 @@ class Forward:
             pending = data
         exchange.release()
         self._registry.report(call.backend, True)
-        answer.note_tail(call.usage, tail)
+        reported.note_tail(call.usage, tail)
         call.note(call.usage)
         call.outcome = Outcome.OK
         await self._finish(call)

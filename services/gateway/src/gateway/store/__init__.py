@@ -39,7 +39,10 @@ __all__ = [
 T = TypeVar("T")
 POLL_SECONDS = 0.1  # a change by another process is noticed within this time
 _SWEEP_SECONDS = 60.0
+_WATCH_SECONDS = 0.25
+_READ_SECONDS = 40.0  # PostgreSQL itself ends a statement after 30
 _RECENT_IDS = 16_384  # request ids that are remembered at least, and at most twice as many
+_START_SECONDS = 120.0  # a large spool takes a while
 _OWNERSHIP_PATIENCE = 3.0  # PostgreSQL needs a moment to see that a killed gateway has gone
 
 
@@ -70,6 +73,7 @@ class Store:
         self._recent: set[str] = set()
         self._before: set[str] = set()
         self._writer: Writer | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._generation = -1
         self._live: Callable[[], frozenset[str]] = frozenset
@@ -87,10 +91,12 @@ class Store:
         self._live = live
         self._next_sweep = time.monotonic() + _SWEEP_SECONDS
         writer = Writer(self._database, self._spool, self._loop, self._open, self._poll, POLL_SECONDS)
+        self._watcher = self._loop.create_task(self._watch(), name="store-watch")
         writer.start()
         try:
             started, changes = await writer.opened
         except BaseException:
+            self._watcher.cancel()
             self._journal.close()
             self._database.disown()
             raise
@@ -110,6 +116,10 @@ class Store:
                 started.damaged = aside.name
                 logger.error("database_damaged", problem=what, set_aside=str(aside), rescued=saved)
         database.connect()
+        with database.limited(_START_SECONDS):
+            return started, self._prepare(database, started)
+
+    def _prepare(self, database: Database, started: Started) -> accounts.Changes:
         if not database.sqlite:
             self._own_patiently()
         migrate(database)
@@ -122,7 +132,7 @@ class Store:
         if started.seeded["deleted"]:
             logger.warning("seeded_keys_deleted", keys=started.seeded["deleted"])
         self._generation = accounts.generation(database)
-        return started, accounts.changes_since(database, -1)
+        return accounts.changes_since(database, -1)
 
     def _recover(self, database: Database, started: Started) -> None:
         """Settle what a dead process has left, then begin a journal of our own."""
@@ -157,6 +167,10 @@ class Store:
             self._writer.stop()
             await asyncio.to_thread(self._writer.join)
             self._writer = None
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
         self._journal.close()
         self._database.disown()
 
@@ -243,8 +257,17 @@ class Store:
         return await self._running.submit(WORK, change)  # type: ignore[no-any-return]
 
     def _session(self, work: Callable[[Database], T]) -> T:
-        with self._database.session() as database:
+        with self._database.session() as database, database.limited(_READ_SECONDS):
             return work(database)
+
+    async def _watch(self) -> None:
+        """End waits for a database that does not answer."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if cut := self._database.cut_overdue():
+                logger.error("database_hangs", connections_cut=cut)
+            if self._writer is not None:
+                self._writer.watch()
 
     def _poll(self, database: Database) -> None:
         """In the writer's thread: load keys that changed; now and then sweep."""

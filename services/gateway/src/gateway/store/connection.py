@@ -9,7 +9,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import socket
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,6 +77,8 @@ class Database:
                 options="-c statement_timeout=30000 -c lock_timeout=5000",
             )
         self._url = url
+        self._limited: dict[int, tuple[float, socket.socket]] = {}  # by thread: until when, and what to cut then
+        self._cutting = threading.Lock()
         self._texts: dict[str, str] = {}
         password = urlsplit(url).password if not self.sqlite and "[" not in url else None
         self._hidden = [] if self.sqlite else [part for part in (url, password, unquote(password or "")) if part]
@@ -191,6 +196,41 @@ class Database:
             yield self
         finally:
             self.close()
+
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """What is done inside has this long; then `cut_overdue` cuts the connection, and it fails.
+
+        A server that hangs keeps its sockets alive, and no timeout of its own can end a wait for it. A file is left
+        alone: nothing can end a wait for a disk.
+        """
+        if self.sqlite:
+            yield
+            return
+        with self.errors():
+            # A descriptor of our own: the driver may close its one, and the number may be somebody else's by then.
+            own = socket.socket(fileno=os.dup(self._database.connection().fileno()))
+        thread = threading.get_ident()
+        with self._cutting:
+            self._limited[thread] = (time.monotonic() + seconds, own)
+        try:
+            yield
+        finally:
+            with self._cutting:
+                del self._limited[thread]
+            own.close()
+
+    def cut_overdue(self) -> int:
+        """Cut connections whose work is overdue; returns how many. Any thread."""
+        cut = 0
+        with self._cutting:
+            now = time.monotonic()
+            for deadline, connection in self._limited.values():
+                if now > deadline:
+                    with suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+                        cut += 1
+        return cut
 
     # The one owner
 

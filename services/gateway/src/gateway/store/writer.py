@@ -29,6 +29,9 @@ SETTLE, HOLDS, ENERGY, WORK, STOP = range(5)
 _LARGEST_GROUP = 512
 _RETRY_SECONDS = 0.25
 _LONGEST_RETRY_SECONDS = 2.0
+COMMIT_SECONDS = 5.0  # what a group may take at PostgreSQL
+HEAL_SECONDS = 60.0  # a large spool takes a while
+STALL_SECONDS = 10.0  # after which nobody waits for a group any longer, wherever it hangs
 
 Future = asyncio.Future[Any]
 Item = tuple[int, Any, Future | None]
@@ -59,6 +62,8 @@ class Writer(threading.Thread):
         self._handing: list[Item] = []  # what this turn of the loop has for the thread
         self._unkept: list[Ended] = []  # neither the database nor the spool took them yet
         self._durable: bool | None = None  # what the connection is set to; None = not known
+        self._busy_since: float | None = None  # monotonic; None = nothing is being written
+        self._current: list[Item] = []
         self._next_poll = 0.0
         self._next_try = 0.0
         self._retry_seconds = _RETRY_SECONDS
@@ -87,6 +92,27 @@ class Writer(threading.Thread):
         """Let the thread end after what is queued."""
         self._handing.append((STOP, None, None))
         self._hand_over()
+
+    def watch(self) -> None:
+        """Now and then: whoever waits for a group that does not end is told so, and nobody is admitted until it has."""
+        since = self._busy_since
+        if since is None or time.monotonic() - since < STALL_SECONDS:
+            return
+        if self.healthy:
+            logger.error("database_stalls", seconds=round(time.monotonic() - since, 1))
+        self.healthy = False  # the thread heals it when it is back
+        self.problem = "the database does not answer"
+        refusal = StoreUnavailable(self.problem)
+        waiting = self._current + [item for items in self._stalled() for item in items]
+        _resolve([(future, None, refusal) for _, _, future in waiting if future is not None])
+
+    def _stalled(self) -> list[list[Item]]:
+        """What waits behind the thread; it stays there."""
+        found = []
+        for _ in range(self._queue.qsize()):
+            found.append(self._queue.get())
+            self._queue.put(found[-1])
+        return found
 
     def _hand_over(self) -> None:
         if self._handing:
@@ -122,6 +148,8 @@ class Writer(threading.Thread):
         if items and items[-1][0] == STOP:
             running = False
             items.pop()
+        self._current = items
+        self._busy_since = time.monotonic()
         if items:
             self._group(items)
         now = time.monotonic()
@@ -130,8 +158,14 @@ class Writer(threading.Thread):
                 self._guarded(self._heal)
         elif now >= self._next_poll:
             self._next_poll = now + self._poll_seconds
-            self._guarded(lambda: self._poll(self._database))
+            self._guarded(self._look)
+        self._busy_since = None
+        self._current = []
         return running
+
+    def _look(self) -> None:
+        with self._database.limited(HEAL_SECONDS):
+            self._poll(self._database)
 
     def _guarded(self, work: Callable[[], Any]) -> BaseException | None:
         """Run `work`; whatever goes wrong, the thread lives on and admission stops until it is healed."""
@@ -192,11 +226,12 @@ class Writer(threading.Thread):
 
         def run() -> None:
             nonlocal result, refusal
-            if not self._durable:
-                self._database.durable(True)
-                self._durable = True
             try:
-                result = work(self._database)
+                if not self._durable:
+                    self._database.durable(True)
+                    self._durable = True
+                with self._database.limited(HEAL_SECONDS):
+                    result = work(self._database)
             except GatewayError as error:  # the change was wrong, not the database
                 refusal = error
 
@@ -207,10 +242,11 @@ class Writer(threading.Thread):
     def _commit(self, group: batch.Group) -> None:
         # Only what a client will rely on has to be on the disk; holds need to outlive this process alone.
         durable = bool(group.records)
-        if durable != self._durable:
-            self._database.durable(durable)
-            self._durable = durable
-        batch.write(self._database, group)
+        with self._database.limited(COMMIT_SECONDS):
+            if durable != self._durable:
+                self._database.durable(durable)
+                self._durable = durable
+            batch.write(self._database, group)
 
     def _answer(self, answers: list[Answer]) -> None:
         if not answers:
@@ -248,14 +284,16 @@ class Writer(threading.Thread):
     def _heal(self) -> None:
         try:
             self._database.connect()
-            self._database.own()
-            replayed = replay(self._database, self._spool)
-            if self._unkept:
-                batch.write(self._database, batch.kept_aside([record for record, _ in self._unkept]))
-                replayed += len(self._unkept)
-                _free(self._unkept)
-                self._unkept.clear()
-            self._poll(self._database)
+            with self._database.limited(COMMIT_SECONDS):
+                self._database.own()
+            with self._database.limited(HEAL_SECONDS):
+                replayed = replay(self._database, self._spool)
+                if self._unkept:
+                    batch.write(self._database, batch.kept_aside([record for record, _ in self._unkept]))
+                    replayed += len(self._unkept)
+                    _free(self._unkept)
+                    self._unkept.clear()
+                self._poll(self._database)
         except (StoreLocked, OSError) as error:  # OSError: the spool cannot be read
             raise StoreUnavailable(str(error)) from error
         self.problem = None
