@@ -23,7 +23,7 @@ import yarl
 from loguru import logger
 
 from gateway.errors import UpstreamError
-from gateway.link import Answer, BrokenConnection, ConnectError, Link
+from gateway.link import BrokenConnection, ConnectError, Link
 from gateway.names import PatientResolver
 
 if TYPE_CHECKING:
