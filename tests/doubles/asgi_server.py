@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 
 import uvloop
 
-from gateway.protocol import Bounds
+from gateway.bounds import Bounds
 from gateway.server import serve
 from gateway.settings import load
 

@@ -106,6 +106,7 @@ def test_function_calls_for_a_json_call(gateway: Counted) -> None:
             assert gateway.call(body, wire) is not None
         total, where = gateway.end()
     each = total / CALLS
+    print(f"{each:.1f} function calls a call")
     assert each <= JSON_CALL * TOLERANCE, f"{each:.0f} function calls a call, baseline {JSON_CALL}\n{where}"
 
 
@@ -126,4 +127,5 @@ def test_function_calls_for_a_streamed_event(gateway: Counted) -> None:
     few = run(10)
     many = run(EVENTS)
     each = (many - few) / (EVENTS - 10)
+    print(f"{each:.1f} function calls an event")
     assert each <= STREAM_EVENT * TOLERANCE, f"{each:.1f} function calls an event, baseline {STREAM_EVENT}\n{where[1]}"

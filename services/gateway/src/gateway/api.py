@@ -18,7 +18,7 @@ from gateway.errors import (
     RequestTooLarge,
     UnknownRoute,
 )
-from gateway.identifiers import fresh
+from gateway.identifiers import fresh, ordered
 from gateway.wire import ENDPOINTS
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def request_id(headers: Headers) -> str:
     given = headers.get(b"x-request-id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
-    return fresh()
+    return ordered()
 
 
 class Api:

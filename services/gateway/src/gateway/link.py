@@ -253,10 +253,15 @@ class Answer:
 
     async def head(self) -> None:
         """Wait until `status` is known. Raises `BrokenConnection`."""
+        assert self._link is not None
         while not self.status:
             if self.error is not None:
                 raise BrokenConnection(self.error)
-            await self._wait()
+            self._waiter = self._link._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     @property
     def whole(self) -> bool:

@@ -23,7 +23,7 @@ import yarl
 from loguru import logger
 
 from gateway.errors import UpstreamError
-from gateway.link import Answer, BrokenConnection, ConnectError, Link
+from gateway.link import BrokenConnection, ConnectError, Link
 from gateway.names import PatientResolver
 
 if TYPE_CHECKING:
@@ -155,43 +155,47 @@ class Upstream:
         Raises `ConnectError` or `BrokenConnection`, and `ValueError` for a header that holds a line break.
         """
         try:
-            if self.lean:
-                return await self._open_lean(route, headers, body)
-            if isinstance(body, list):
-                body = await asyncio.to_thread(b"".join, body)
-            data = io.BytesIO(body) if len(body) > LARGE_BYTES else body or None
-            response = await self._session.request(
-                route.method, route.url, headers={**route.headers, **headers}, data=data, allow_redirects=False
-            )
+            if not self.lean:
+                return await self._open_session(route, headers, body)
+            fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+            if fields.count("\n") != len(headers) or fields.count("\r") != len(headers):
+                raise ValueError("a request header holds a line break")
+            link = self._idle(route.pool) if route.pool else None
+            if link is None:
+                link = await self._connect(route)
+            size = len(body) if isinstance(body, bytes) else sum(map(len, body))
+            answer = link.send(f"{route.start}{fields}content-length: {size}\r\n\r\n".encode("latin-1"), body)
+            try:
+                await answer.head()
+            except BaseException:
+                answer.close()
+                raise
+            return answer
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ConnectError("The engine cannot be reached.") from error
         except aiohttp.ServerDisconnectedError as error:
             raise BrokenConnection("The engine closed the connection before it answered.") from error
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, ConnectionError, OSError) as error:
             raise BrokenConnection("The engine broke off before it answered.") from error
-        return _SessionExchange(response)
 
-    async def _open_lean(self, route: Route, headers: Mapping[str, str], body: bytes | list[Buffer]) -> Answer:
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if fields.count("\n") != len(headers) or fields.count("\r") != len(headers):
-            raise ValueError("a request header holds a line break")
-        link = self._idle(route.pool) if route.pool else None
-        if link is None:
-            try:
-                connection = await self._connector.connect(route.target, [], self._timeout)
-            except TimeoutError as error:
-                raise ConnectError("The engine cannot be reached.") from error
-            link = Link(connection, asyncio.get_running_loop(), route.pool)
-            if self._sweeper is None:
-                self._sweep()
-        size = len(body) if isinstance(body, bytes) else sum(map(len, body))
-        answer = link.send(f"{route.start}{fields}content-length: {size}\r\n\r\n".encode("latin-1"), body)
+    async def _open_session(self, route: Route, headers: Mapping[str, str], body: bytes | list[Buffer]) -> Exchange:
+        if isinstance(body, list):
+            body = await asyncio.to_thread(b"".join, body)
+        data = io.BytesIO(body) if len(body) > LARGE_BYTES else body or None
+        return _SessionExchange(
+            await self._session.request(
+                route.method, route.url, headers={**route.headers, **headers}, data=data, allow_redirects=False
+            )
+        )
+
+    async def _connect(self, route: Route) -> Link:
         try:
-            await answer.head()
-        except BaseException:
-            answer.close()
-            raise
-        return answer
+            connection = await self._connector.connect(route.target, [], self._timeout)
+        except TimeoutError as error:
+            raise ConnectError("The engine cannot be reached.") from error
+        if self._sweeper is None:
+            self._sweep()
+        return Link(connection, asyncio.get_running_loop(), route.pool)
 
     def _idle(self, pool: list[Link]) -> Link | None:
         """The connection that was used last, if it is young enough for the engine to have it still."""
