@@ -45,6 +45,8 @@ bundle: ## images, model and checksums on a medium for a site without a network 
 	@scripts/bundle
 load: ## install such a bundle (FROM=folder)
 	@scripts/load
+hosts: ## files for a model over several machines (HEAD=… WORKER=… SUBNET=… INTERFACE=…, docs/engine.md)
+	@scripts/hosts
 uninstall: ## remove containers, volumes and state (asks first; YES=1 does not)
 	@scripts/uninstall
 
@@ -62,6 +64,10 @@ test-long: setup ## the long proofs in full
 	@scripts/test long
 bench: setup ## side by side with other gateways
 	@scripts/bench
+sbom: setup ## what each image holds, as CycloneDX JSON (TO=folder)
+	@scripts/sbom $(if $(TO),--to '$(TO)')
+audit: setup ## locked packages against published advisories
+	@scripts/audit
 loadtest: setup ## load on the running appliance (CONCURRENCY=32 DURATION=120)
 	@scripts/loadtest
 gpu-proof: setup ## compare the GPU exporter with nvidia-smi on this machine, and record its GPUs (LOAD=command)
@@ -76,4 +82,4 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: up down status logs stop vllm gateway gpu-exporter monitoring monitoring-down fit doctor backup restore upgrade \
-	rotate-secrets bundle load uninstall setup check test test-engine test-stack test-long bench loadtest gpu-proof conformance help
+	rotate-secrets bundle load uninstall setup check test test-engine test-stack test-long bench loadtest gpu-proof conformance hosts sbom audit help

@@ -22,7 +22,6 @@ state() {
     grep -q ' resolve ' "$chosen" || getent hosts gateway 2>/dev/null || :
 }
 watch() {
-    last=$(state)
     while sleep 5; do
         now=$(state)
         [ "$now" = "$last" ] && continue
@@ -32,5 +31,7 @@ watch() {
         fi
     done
 }
+# Taken before nginx reads anything: what changes from here on is noticed, however late the watching begins.
+last=$(state)
 watch &
 exec nginx -c "$chosen"

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 
 import uvloop
 
-from gateway.protocol import Bounds
+from gateway.bounds import Bounds
 from gateway.server import serve
 from gateway.settings import load
 
@@ -79,9 +79,9 @@ async def stream(scope: Any, receive: Any, send: Any) -> None:
 async def hang(scope: Any, receive: Any, send: Any) -> None:
     """Answer nothing until the client goes."""
     await read_body(receive)
-    register = scope["extensions"].get("gateway.disconnect")
-    if register is not None:
-        register(lambda: STATE.__setitem__("callbacks", STATE["callbacks"] + 1))
+    exchange = scope["extensions"].get("gateway.exchange")
+    if exchange is not None:
+        exchange.on_disconnect(lambda: STATE.__setitem__("callbacks", STATE["callbacks"] + 1))
     STATE["hanging"] = STATE.get("hanging", 0) + 1
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -152,10 +152,10 @@ async def route(path: str, scope: Any, receive: Any, send: Any) -> None:
         await send({**start, "status": 204})
         await send({"type": "http.response.body", "body": b""})
     elif path == "/close":
-        close = scope["extensions"].get("gateway.close")
-        if close is not None:
-            close()
-        await answer(send, 200, b"{}", *(() if close else ((b"connection", b"close"),)))
+        exchange = scope["extensions"].get("gateway.exchange")
+        if exchange is not None:
+            exchange.close_after()
+        await answer(send, 200, b"{}", *(() if exchange else ((b"connection", b"close"),)))
     elif path == "/inject":
         value = parse_qs(scope["query_string"].decode("latin-1"), encoding="latin-1")
         name = value.get("name", ["x-a"])[0].encode("latin-1")

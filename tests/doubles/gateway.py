@@ -57,6 +57,7 @@ class GatewayProcess:
             "GATEWAY_API_KEYS": f"test={KEY}",
             "GATEWAY_ADMIN_KEY": ADMIN_KEY,
             "DATABASE_URL": f"sqlite:///{self.folder}/gateway.sqlite3",
+            "SPOOL_DIR": self.folder,
             "HEALTH_SECONDS": 0.2,
             "DRAIN_SECONDS": 5,
         }

@@ -96,6 +96,21 @@ class Postgres:
             self.process.wait(30)
         self.process = None
 
+    def pause(self) -> None:
+        """The whole server stands still: sockets stay open, nothing answers."""
+        self._signal_all(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """It goes on where it stood."""
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: int) -> None:
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in [self.process.pid, *map(int, children)]:
+            with contextlib.suppress(ProcessLookupError):  # a session that has just ended
+                os.kill(pid, number)
+
     def close(self) -> None:
         """Stop and remove everything."""
         self.stop()

@@ -121,7 +121,11 @@ class Stages:
 
 def settings_for(folder: Path, **environment: Any) -> Settings:
     """Settings with a database in `folder` and one seeded key, `team`."""
-    base = {"DATABASE_URL": f"sqlite:///{folder}/gateway.sqlite3", "GATEWAY_API_KEYS": f"team={SECRET}"}
+    base = {
+        "DATABASE_URL": f"sqlite:///{folder}/gateway.sqlite3",
+        "GATEWAY_API_KEYS": f"team={SECRET}",
+        "SPOOL_DIR": str(folder),
+    }
     return load({**base, **{name: str(value) for name, value in environment.items()}})
 
 

@@ -34,6 +34,12 @@ async def hang() -> None:
     await asyncio.sleep(FOREVER)
 
 
+async def pause(told_ms: float | None, default_ms: float) -> None:
+    """Wait as told, or the default."""
+    if milliseconds := default_ms if told_ms is None else told_ms:
+        await asyncio.sleep(milliseconds / 1000)
+
+
 async def break_off(request: web.Request, how: str | None) -> None:
     """Close the connection by FIN (default) or RST, then raise `Died`."""
     transport = request.transport

@@ -213,6 +213,18 @@ class Chat(Answer):
 class Completion(Answer):
     """`/v1/completions`; `choices` counts all prompts' choices."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.offsets = [0] * self.choices
+        self.said: list[list[str]] = [[] for _ in range(self.choices)]
+
+    def logprobs(self, texts: list[str], offset: int) -> dict[str, Any] | None:
+        if self.request.get("logprobs") is None:
+            return None
+        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        top = [{text: -0.25} for text in texts]
+        return {"text_offset": offsets, "token_logprobs": [-0.25] * len(texts), "tokens": texts, "top_logprobs": top}
+
     def chunk(self, choices: list[dict[str, Any]], used: dict[str, Any] | None, **more: Any) -> Event:
         chunk: dict[str, Any] = {"id": self.identity, "object": "text_completion", "created": self.created}
         chunk.update(model=self.model, choices=choices)
@@ -221,7 +233,10 @@ class Completion(Answer):
         return data({**chunk, **more})
 
     def token_events(self, choice: int, text: str, finish: str | None) -> list[Event]:
-        part = {"index": choice, "text": text, "logprobs": None, "finish_reason": finish, "stop_reason": None}
+        told = self.logprobs([text], self.offsets[choice])
+        self.offsets[choice] += len(text)
+        self.said[choice].append(text)
+        part = {"index": choice, "text": text, "logprobs": told, "finish_reason": finish, "stop_reason": None}
         part.update(prompt_token_ids=None, token_ids=None)
         used = self.used(self.counts[choice]) if self.running_usage else None
         print_here = {} if finish is None or self.final_usage else self.stamp()
@@ -237,7 +252,7 @@ class Completion(Answer):
             {
                 "index": i,
                 "text": self.texts[i],
-                "logprobs": None,
+                "logprobs": self.logprobs(self.said[i], 0),
                 "finish_reason": self.finish[i],
                 "stop_reason": None,
                 "token_ids": None,

@@ -176,7 +176,7 @@ class Engine:
         lines: list[str] = []
 
         def family(name: str, kind: str, *samples: tuple[str, str, float]) -> None:
-            lines.append(f"# TYPE vllm:{name.removesuffix('_total')} {kind}")
+            lines.append(f"# TYPE vllm:{name} {kind}")
             for suffix, labels, value in samples:
                 extra = f",{labels}" if labels else ""
                 lines.append(f"vllm:{name}{suffix}{{{base}{extra}}} {float(value)}")

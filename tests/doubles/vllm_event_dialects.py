@@ -19,22 +19,38 @@ class Responses(Answer):
         return named(name, {**fields, "sequence_number": self.sequence, "type": name})
 
     def response(self, status: str) -> dict[str, Any]:
-        output = [self.item("completed")] if status == "completed" else []
-        body: dict[str, Any] = {"id": self.identity, "created_at": self.created, "incomplete_details": None}
+        ended = status == "completed"
+        cut = ended and self.finish[0] == "length"
+        output = [self.item("completed")] if ended else []
+        body: dict[str, Any] = {"id": self.identity, "created_at": self.created}
+        body["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
         body.update(instructions=None, metadata=None, model=self.model, object="response", output=output)
         body.update(parallel_tool_calls=True, temperature=1.0, tool_choice="auto", tools=[], top_p=1.0)
         body.update(background=False, max_output_tokens=self.request.get("max_output_tokens") or 4096)
-        body.update(previous_response_id=None, prompt=None, reasoning=None, service_tier="auto", status=status)
+        body.update(max_tool_calls=None, previous_response_id=None, prompt=None, reasoning=None, service_tier="auto")
+        body["status"] = "incomplete" if cut else status
         body.update(text=None, top_logprobs=None, truncation="disabled", usage=None, user=None)
-        if status == "completed" and self.lie != "none":
+        if ended and self.lie != "none":
             used = self.used(sum(self.counts))
             body["usage"] = {
                 "input_tokens": used["prompt_tokens"],
-                "input_tokens_details": {"cached_tokens": 0, "input_tokens_per_turn": [], "cached_tokens_per_turn": []},
+                "input_tokens_details": {
+                    "cached_tokens": 0,
+                    "cache_write_tokens": 0,
+                    "input_tokens_per_turn": [],
+                    "cached_tokens_per_turn": [],
+                },
                 "output_tokens": used["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0, "tool_output_tokens": 0},
+                "output_tokens_details": {
+                    "reasoning_tokens": 0,
+                    "tool_output_tokens": 0,
+                    "output_tokens_per_turn": [],
+                    "tool_output_tokens_per_turn": [],
+                },
                 "total_tokens": used["total_tokens"],
             }
+        body.update(presence_penalty=0.0, frequency_penalty=0.0, kv_transfer_params=None, ec_transfer_params=None)
+        body.update(input_messages=None, output_messages=None)
         return body
 
     def part(self) -> dict[str, Any]:
@@ -42,7 +58,8 @@ class Responses(Answer):
 
     def item(self, status: str) -> dict[str, Any]:
         content = [self.part()] if status == "completed" else []
-        return {"id": "msg_0", "content": content, "role": "assistant", "status": status, "type": "message"}
+        item = {"id": "msg_0", "content": content, "role": "assistant", "status": status, "type": "message"}
+        return {**item, "phase": None}
 
     def before_prefill(self) -> list[Event]:
         opening = self.response("in_progress")
@@ -50,7 +67,7 @@ class Responses(Answer):
 
     def start(self) -> list[Event]:
         added = self.event("response.output_item.added", item=self.item("in_progress"), output_index=0)
-        part = {**self.part(), "text": ""}
+        part = {**self.part(), "text": "", "logprobs": []}
         return [
             added,
             self.event("response.content_part.added", content_index=0, item_id="msg_0", output_index=0, part=part),
@@ -112,7 +129,7 @@ class Messages(Answer):
 
     def end(self) -> list[Event]:
         events = [self.event("content_block_stop", index=0)] if self.opened else []
-        delta = {"stop_reason": STOP_REASONS[self.finish[0] or "stop"]}
+        delta = {"stop_reason": STOP_REASONS[self.finish[0] or "stop"], "stop_sequence": None}
         told = {} if self.lie == "none" else {"usage": self.tokens(sum(self.counts))}
         return [*events, self.event("message_delta", delta=delta, **told)]
 

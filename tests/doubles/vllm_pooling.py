@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import struct
 import time
 from typing import Any
@@ -66,10 +65,9 @@ def pool(path: str, body: dict[str, Any], model: str, identity: str) -> tuple[in
     return total, {**head, "usage": {**used, **details}}
 
 
-def tokenize(raw: bytes, engine: Engine) -> dict[str, Any]:
+def tokenize(body: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """Token numbers 1..n of a prompt or of messages."""
-    body = json.loads(raw)
-    count = chat_tokens(body["messages"]) if "messages" in body else text_tokens(body["prompt"])
+    count = chat_tokens(body["messages"]) if body.get("messages") is not None else text_tokens(body["prompt"])
     return {
         "count": count,
         "max_model_len": engine.max_model_len,
@@ -78,6 +76,6 @@ def tokenize(raw: bytes, engine: Engine) -> dict[str, Any]:
     }
 
 
-def detokenize(raw: bytes) -> dict[str, Any]:
+def detokenize(body: dict[str, Any]) -> dict[str, Any]:
     """One word for each token."""
-    return {"prompt": " ".join(f"t{number}" for number in json.loads(raw)["tokens"])}
+    return {"prompt": " ".join(f"t{number}" for number in body["tokens"])}

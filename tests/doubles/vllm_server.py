@@ -22,8 +22,8 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.doubles.vllm_delivery import Died, Stream, before_headers, break_off, whole
-from tests.doubles.vllm_dialects import Answer, Chat, Completion, dumps, error_body
+from tests.doubles.vllm_delivery import Died, Stream, before_headers, break_off, pause, whole
+from tests.doubles.vllm_dialects import Answer, Chat, Completion, dumps
 from tests.doubles.vllm_directive import SECRET, Directive
 from tests.doubles.vllm_engine import (
     MEDIA_TOKENS,
@@ -35,10 +35,21 @@ from tests.doubles.vllm_engine import (
     prompt_list,
 )
 from tests.doubles.vllm_event_dialects import Messages, Responses
+from tests.doubles.vllm_options import arguments
 from tests.doubles.vllm_pooling import POOLING, detokenize, pool, tokenize
-from tests.doubles.vllm_validation import Refusal, message_tokens, missing, parse, required, response_tokens
+from tests.doubles.vllm_validation import (
+    FASTAPI,
+    ILL_FORMED,
+    Refusal,
+    ill_formed,
+    message_tokens,
+    missing,
+    parse,
+    prompt_of,
+    required,
+    response_tokens,
+)
 
-KEEP_ALIVE_SECONDS = 5.0  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
 PREFIXES: dict[type[Answer], str] = {Chat: "chatcmpl-", Completion: "cmpl-", Responses: "resp_", Messages: "chatcmpl-"}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -57,7 +68,7 @@ class Double:
         app = web.Application(client_max_size=1 << 30, middlewares=[self.guard])
         generating: dict[str, tuple[type[Answer], Callable[[dict[str, Any]], list[int]], str]] = {
             "/v1/chat/completions": (Chat, lambda b: [chat_tokens(required(b, "messages"))], "max_completion_tokens"),
-            "/v1/completions": (Completion, lambda b: prompt_list(required(b, "prompt")), "max_tokens"),
+            "/v1/completions": (Completion, lambda b: prompt_list(prompt_of(b)), "max_tokens"),
             "/v1/responses": (Responses, lambda b: [response_tokens(required(b, "input"))], "max_output_tokens"),
             "/v1/messages": (Messages, lambda b: [message_tokens(b)], "max_tokens"),
         }
@@ -67,8 +78,8 @@ class Double:
             app.router.add_post(path, self.relay(self.pooled))
         app.router.add_post("/v1/messages/count_tokens", self.relay(self.count_tokens))
         app.router.add_post("/v1/audio/transcriptions", self.relay(self.transcribe))
-        app.router.add_post("/tokenize", self.relay(lambda r, e, d, b: self.plain(r, e, d, tokenize(b, self.engine))))
-        app.router.add_post("/detokenize", self.relay(lambda r, e, d, b: self.plain(r, e, d, detokenize(b))))
+        app.router.add_post("/tokenize", self.relay(self.tokenize))
+        app.router.add_post("/detokenize", self.relay(self.detokenize))
         app.router.add_get("/health", self.health)
         app.router.add_get("/ping", self.health)
         app.router.add_get("/metrics", self.metrics)
@@ -90,7 +101,7 @@ class Double:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            return json_response(error_body(error.reason, error.reason, error.status), error.status)
+            return json_response({"detail": error.reason}, error.status)  # as FastAPI
 
     def relay(self, answer: Callable[..., Awaitable[web.StreamResponse]]) -> Handler:
         """The frame of every route with work: record, directive, refusal, cancellation."""
@@ -112,11 +123,12 @@ class Double:
                 response = await answer(request, record, directive, body)
                 record.end("done")
                 return response
-            except Refusal as refusal:
+            except (Refusal, *ILL_FORMED) as error:
+                refusal = error if isinstance(error, Refusal) else ill_formed()
                 record.end("refused")
                 content: Any = refusal.body
-                if request.path.startswith("/v1/messages"):
-                    told = refusal.body["error"]
+                told = refusal.body["error"]
+                if request.path.startswith("/v1/messages") and told["type"] != FASTAPI:
                     content = {"type": "error", "error": {"type": told["type"], "message": told["message"]}}
                 return json_response(content, refusal.code)
             except (asyncio.CancelledError, ConnectionError):
@@ -129,7 +141,7 @@ class Double:
         return handle
 
     def parse(self, request: web.Request, body: bytes) -> dict[str, Any]:
-        return parse(request.content_type, body, (self.engine.model, *self.options.alias))
+        return parse(request.path, request.content_type, body, (self.engine.model, *self.options.alias))
 
     def generate(
         self, dialect: type[Answer], count: Callable[[dict[str, Any]], list[int]], field: str
@@ -138,14 +150,15 @@ class Double:
 
         async def handle(request: web.Request, record: Record, directive: Directive, raw: bytes) -> web.StreamResponse:
             body = self.parse(request, raw)
-            try:
-                prompts = count(body)
-            except (TypeError, AttributeError, ValueError):
-                raise Refusal("1 validation error:\n  Input should be valid", "Bad Request", 400, "body") from None
+            prompts = count(body)
             prompt = sum(prompts)
             limit = body.get(field) or body.get("max_tokens")
             if dialect is Messages and limit is None:
                 raise missing("max_tokens")
+            if limit and limit > self.engine.max_model_len:
+                name = "max_completion_tokens" if dialect is Messages else field if body.get(field) else "max_tokens"
+                message = f"{name}={limit} cannot be greater than max_model_len={self.engine.max_model_len}. "
+                raise Refusal(f"{message}Please request fewer output tokens.", param=name)
             if dialect is Completion and limit is None:
                 limit = 16
             room = self.engine.max_model_len - max(prompts)
@@ -276,6 +289,21 @@ class Double:
         told = {"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}
         return await self.plain(request, record, directive, told)
 
+    async def tokenize(
+        self, request: web.Request, record: Record, directive: Directive, raw: bytes
+    ) -> web.StreamResponse:
+        body = self.parse(request, raw)
+        if body.get("messages") is None:
+            required(body, "prompt")
+        return await self.plain(request, record, directive, tokenize(body, self.engine))
+
+    async def detokenize(
+        self, request: web.Request, record: Record, directive: Directive, raw: bytes
+    ) -> web.StreamResponse:
+        body = self.parse(request, raw)
+        required(body, "tokens")
+        return await self.plain(request, record, directive, detokenize(body))
+
     async def transcribe(
         self, request: web.Request, record: Record, directive: Directive, raw: bytes
     ) -> web.StreamResponse:
@@ -334,35 +362,11 @@ class Double:
         return json_response({"status": self.health_status})
 
 
-async def pause(told_ms: float | None, default_ms: float) -> None:
-    """Wait as told, or the default."""
-    if milliseconds := default_ms if told_ms is None else told_ms:
-        await asyncio.sleep(milliseconds / 1000)
-
-
 def json_response(value: Any, status: int = 200) -> web.Response:
     """JSON as Starlette writes it."""
     return web.Response(
         body=dumps(value).encode(), status=status, headers={"Content-Type": "application/json", "Server": "uvicorn"}
     )
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="vllm_server", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--model", default="double")
-    parser.add_argument("--alias", action="append", default=[], help="further served names")
-    parser.add_argument("--api-key")
-    parser.add_argument("--fingerprint", help="system_fingerprint; none by default, as with --fingerprint-mode none")
-    parser.add_argument("--max-model-len", type=int, default=8192)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=8, help="tokens of an answer, unless told")
-    parser.add_argument("--pace-ms", type=float, default=0.0)
-    parser.add_argument("--prefill-ms", type=float, default=0.0)
-    parser.add_argument("--keep-alive", type=float, default=KEEP_ALIVE_SECONDS)
-    return parser.parse_args(argv)
 
 
 async def serve(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from tests.doubles.vllm_dialects import error_body
 from tests.doubles.vllm_engine import chat_tokens, content_tokens
 
+FASTAPI = "Bad Request"  # type of errors found before vLLM's own code; they have OpenAI's shape on every route
 MAX_N_SEQUENCES = 16384  # VLLM_MAX_N_SEQUENCES
 
 
@@ -20,35 +21,50 @@ class Refusal(Exception):
         self.code = code
 
 
+# What the double's own code meets in a body that vLLM's models would not have let in.
+ILL_FORMED = (TypeError, AttributeError, ValueError, KeyError, IndexError, OverflowError, RecursionError)
+
+
+def ill_formed() -> Refusal:
+    """The complaint about such a body."""
+    return Refusal("1 validation error:\n  Input should be valid", FASTAPI, 400, "body")
+
+
 def missing(name: str) -> Refusal:
     """FastAPI's complaint about a field that is not there."""
     entry = {"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": "<dict>"}
-    return Refusal(f"1 validation error:\n  {entry}", "Bad Request", 400, f"body.{name}")
+    return Refusal(f"1 validation error:\n  {entry}", FASTAPI, 400, f"body.{name}")
 
 
-def parse(content_type: str, body: bytes, models: tuple[str, ...]) -> dict[str, Any]:
+def parse(path: str, content_type: str, body: bytes, models: tuple[str, ...]) -> dict[str, Any]:
     """The JSON body, checked as far as vLLM does before it generates. Raises `Refusal`."""
     if content_type != "application/json":
-        raise Refusal("Validation error", "Bad Request")
+        raise Refusal("Validation error", FASTAPI)
     try:
         parsed = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refusal("1 validation error:\n  JSON decode error", "Bad Request", 400, "body") from None
+    except (ValueError, RecursionError) as error:
+        place = f"body.{error.pos}" if isinstance(error, json.JSONDecodeError) else "body"
+        raise Refusal("1 validation error:\n  JSON decode error", FASTAPI, 400, place) from None
     if not isinstance(parsed, dict):
-        raise Refusal("1 validation error:\n  Input should be a valid dictionary", "Bad Request", 400, "body")
+        raise Refusal("1 validation error:\n  Input should be a valid dictionary", FASTAPI, 400, "body")
     model = parsed.get("model")
     if model and model not in models:
         raise Refusal(f"The model `{model}` does not exist.", "NotFoundError", 404, "model")
     if parsed.get("stream_options") and not parsed.get("stream"):
-        raise Refusal("Stream options can only be defined when `stream=True`.", "Bad Request", 400, "stream_options")
+        raise Refusal("Stream options can only be defined when `stream=True`.", FASTAPI, 400, "stream_options")
     temperature = parsed.get("temperature")
     if temperature is not None and not isinstance(temperature, int | float):
-        raise Refusal("1 validation error:\n  Input should be a valid number", "Bad Request", 400, "body.temperature")
+        raise Refusal("1 validation error:\n  Input should be a valid number", FASTAPI, 400, "body.temperature")
     if temperature is not None and temperature < 0:
         raise Refusal(f"temperature must be non-negative, got {temperature}.", param="temperature")
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
         value = parsed.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and not isinstance(value, int):
+            raise Refusal("1 validation error:\n  Input should be a valid integer", FASTAPI, 400, f"body.{name}")
+        if value is not None and value < 1 and path == "/v1/messages":
+            raise Refusal(f"1 validation error:\n  {name} must be positive", FASTAPI, 400, f"body.{name}")
+        if value is not None and value < 1:
+            name = "max_tokens" if name.startswith("max_") else name
             raise Refusal(f"{name} must be at least 1, got {value}.", param=name)
     if (parsed.get("n") or 1) > MAX_N_SEQUENCES:
         raise Refusal(f"n must be at most {MAX_N_SEQUENCES}, got {parsed['n']}.", param="n")
@@ -60,6 +76,13 @@ def required(body: dict[str, Any], name: str) -> Any:
     if body.get(name) is None:
         raise missing(name)
     return body[name]
+
+
+def prompt_of(body: dict[str, Any]) -> Any:
+    """The prompt of a completion, which vLLM itself misses, not FastAPI."""
+    if body.get("prompt") is None:
+        raise Refusal("Either prompt or prompt_embeds must be provided and non-empty.", param="prompt")
+    return body["prompt"]
 
 
 def response_tokens(value: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,6 +139,8 @@ def test_any_other_request_id_is_replaced(edge: Edge, given: str) -> None:
         answer = client.get("/v1/x", headers={"x-request-id": given.encode()})
     assert ID.fullmatch(answer.json()["headers"]["X-Request-ID"])
     assert answer.headers["x-request-id"] == answer.json()["headers"]["X-Request-ID"]
+    assert re.fullmatch(r"[0-9]{13}[0-9a-f]{19}", answer.headers["x-request-id"])  # sorts by time, usable as a trace id
+    assert abs(int(answer.headers["x-request-id"][:13]) / 1e3 - time.time()) < 60
 
 
 def test_what_a_client_says_about_its_address_counts_for_nothing(edge: Edge) -> None:

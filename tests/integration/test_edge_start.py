@@ -49,10 +49,15 @@ def rendered(folder: Path, https: int, status: int) -> None:
 
 
 def test_it_serves_and_takes_over_a_new_certificate(folder: Path) -> None:
+    """On a busy machine, too: whatever looks at the files is slow, and the change comes as soon as nginx listens."""
     https, status = free_ports(2)
     rendered(folder, https, status)
+    slow = folder / "slow"
+    slow.mkdir()
+    (slow / "cat").write_text('#!/bin/sh\nsleep 0.7\nexec /bin/cat "$@"\n')
+    (slow / "cat").chmod(0o755)
     environment = {
-        "PATH": f"{os.environ['PATH']}:/usr/sbin",
+        "PATH": f"{slow}:{os.environ['PATH']}:/usr/sbin",
         "EDGE_CONFIG": str(folder / "config"),
         "EDGE_CERTIFICATES": str(folder / "certificates"),
     }

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 from tests.doubles.edge_running import NGINX
+from tests.doubles.flow_patient import Patient
 from tests.doubles.flow_site import PATHS, Wire, asking, at_rest, edge_before, ledger
 from tests.doubles.gateway import KEY, GatewayProcess
 from tests.doubles.vllm import VllmDouble, wait_until
@@ -53,22 +54,31 @@ def begin(engine: VllmDouble, gateway: GatewayProcess, phase: str, **how: Any) -
     """A call that has come to `phase`, its id, and the calls that keep it waiting."""
     what, directive, fields, state = PHASES[phase]
     request_id = f"cancel-{next(_numbers)}"
-    others: list[Wire] = []
-    if state is None:
-        body = asking("chat", "prefill_ms=60000", stream=True)
-        others = [Wire(gateway.port, PATHS["chat"], body) for _ in range(PLACES)]
-        wait_until("every place is taken", lambda: engine.state()["running"] == PLACES)
+    others = fill(engine, gateway) if state is None else []
     port = how.pop("port", gateway.port)
     call = Wire(port, PATHS[what], asking(what, directive, **fields), request_id=request_id, **how)
+    reached(engine, gateway, request_id, state)
+    if state == "decode" and fields:
+        call.read_until(b"brown")
+    return call, request_id, others
+
+
+def fill(engine: VllmDouble, gateway: GatewayProcess) -> list[Wire]:
+    """Calls that take every place."""
+    body = asking("chat", "prefill_ms=60000", stream=True)
+    others = [Wire(gateway.port, PATHS["chat"], body) for _ in range(PLACES)]
+    wait_until("every place is taken", lambda: engine.state()["running"] == PLACES)
+    return others
+
+
+def reached(engine: VllmDouble, gateway: GatewayProcess, request_id: str, state: str | None) -> None:
+    """Wait until a call has come to `state`; None: it waits in the gateway."""
     if state is None:
         wait_until("the call waits", lambda: [e["request_id"] for e in queue(gateway)] == [request_id])
     else:
         wait_until(f"the engine is in {state}", lambda: record(engine, request_id).get("state") == state)
     if state == "decode":
         wait_until("some tokens", lambda: record(engine, request_id)["completion_tokens"] >= 3)
-    if state == "decode" and fields:
-        call.read_until(b"brown")
-    return call, request_id, others
 
 
 def record(engine: VllmDouble, request_id: str) -> dict[str, Any]:
@@ -127,18 +137,35 @@ def test_leaving_through_nginx(engine: VllmDouble, gateway: GatewayProcess, edge
     at_rest(gateway, engine)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_the_official_client_runs_out_of_patience(engine: VllmDouble, gateway: GatewayProcess, stream: bool) -> None:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0, timeout=0.4) as client:
-        body = asking("chat", "prefill_ms=60000", stream=stream)
-        headers = {"x-request-id": f"patience-{stream}"}
-        with pytest.raises(openai.APITimeoutError):
-            list(client.chat.completions.create(**body, extra_headers=headers))
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if "messages" not in phase])
+def test_the_official_client_runs_out_of_patience(engine: VllmDouble, gateway: GatewayProcess, phase: str) -> None:
+    what, directive, fields, state = PHASES[phase]
+    request_id = f"patience-{next(_numbers)}"
+    others = fill(engine, gateway) if state is None else []
+    client = Patient(gateway, PATHS[what], asking(what, directive, **fields), request_id)
+    reached(engine, gateway, request_id, state)
+    if state == "decode" and fields:
+        wait_until("some events", lambda: client.received >= 3)
 
     left = time.time()
-    ended = wait_until("the engine's request ended", lambda: record(engine, f"patience-{stream}")["ended_at"], 1.0)
+    client.leave()
+
+    check(engine, gateway, phase, request_id, left)
+    for other in others:
+        other.close()
+    at_rest(gateway, engine)
+
+
+def test_the_official_clients_own_timeout_ends_the_work(engine: VllmDouble, gateway: GatewayProcess) -> None:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0, timeout=0.4) as client:
+        body = asking("chat", "prefill_ms=60000", stream=True)
+        with pytest.raises(openai.APITimeoutError):
+            list(client.chat.completions.create(**body, extra_headers={"x-request-id": "own-timeout"}))
+
+    left = time.time()
+    ended = wait_until("the engine's request ended", lambda: record(engine, "own-timeout")["ended_at"], 1.0)
     assert ended - left < 1.0
-    assert ledger(gateway, f"patience-{stream}")["outcome"] == "cancelled"
+    assert ledger(gateway, "own-timeout")["outcome"] == "cancelled"
     at_rest(gateway, engine)
 
 

@@ -33,17 +33,27 @@ def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
         yield running
 
 
-async def load(people: Crowd, seconds: float, crowds: list[tuple[str, int, int]]) -> None:
-    """`crowds`: (key, open calls, mean tokens), all the time."""
+async def load(
+    people: Crowd, seconds: float, crowds: list[tuple[str, int, int]], prefill: tuple[int, int] = (400, 0)
+) -> None:
+    """`crowds`: (key, open calls, mean tokens), all the time. `prefill`: milliseconds, and how much more or less that
+    is for a call of the heavy key."""
     until = asyncio.get_running_loop().time() + seconds
     chance = random.Random(3)
 
     async def caller(key: str, mean: int) -> None:
         while asyncio.get_running_loop().time() < until:
             tokens = chance.randint(2, 2 * mean - 2)
-            await people.call(key, f"tokens={tokens},prefill_ms=400,pace_ms=40", words=5 * mean, max_tokens=tokens)
+            spread = prefill[1] if key == HEAVY else 0
+            first = chance.randint(prefill[0] - spread, prefill[0] + spread)
+            await people.call(key, f"tokens={tokens},prefill_ms={first},pace_ms=40", words=5 * mean, max_tokens=tokens)
 
-    await asyncio.gather(*(caller(key, mean) for key, count, mean in crowds for _ in range(count)))
+    callers = [asyncio.create_task(caller(key, mean)) for key, count, mean in crowds for _ in range(count)]
+    _, late = await asyncio.wait(callers, timeout=seconds)
+    for task in late:
+        task.cancel()  # everybody goes home
+    failed = await asyncio.gather(*callers, return_exceptions=True)
+    assert not [error for error in failed if error is not None and not isinstance(error, asyncio.CancelledError)]
 
 
 def in_the_middle(people: Crowd, seconds: float) -> list[Seen]:
@@ -52,28 +62,39 @@ def in_the_middle(people: Crowd, seconds: float) -> list[Seen]:
     return [s for s in people.calls if s.whole and WARM_UP_SECONDS < s.ended - began < seconds]
 
 
-async def test_light_keys_hardly_notice_200_open_calls_of_another(gateway: GatewayProcess) -> None:
+@pytest.mark.parametrize("seconds", [8.0, pytest.param(60.0, marks=pytest.mark.long)])
+async def test_light_keys_hardly_notice_200_open_calls_of_another(gateway: GatewayProcess, seconds: float) -> None:
+    """Seconds to the first token as the callers see them, through HTTP, alone and beside the heavy key."""
     light = [(key, 1, 4) for key in LIGHT]
+    # A slow engine: what this machine needs for 205 open connections is little against its 800 ms. The heavy key's
+    # calls differ in length as callers' do, or all places would become free at once and in between none.
+    slow = (800, 600)
     async with crowd(gateway.url) as people:
-        await load(people, 3.0, light)
+        await load(people, seconds / 2, light, slow)
         solo = percentile([s.first_token for s in people.calls if s.first_token], 0.95)
     async with crowd(gateway.url) as people:
-        await load(people, 7.0, [(HEAVY, 200, 8), *light])
-        seen = [s for s in in_the_middle(people, 7.0) if s.key != HEAVY]
+        await load(people, seconds, [(HEAVY, 200, 8), *light], slow)
+        began = min(s.began for s in people.calls)
+        middle = in_the_middle(people, seconds)
+        seen = [s for s in middle if s.key != HEAVY and s.began - began > WARM_UP_SECONDS]
         errors = [s for key in LIGHT for s in people.of(key) if s.status != 200 or not s.whole]
 
-    waits = ledger_column(gateway, "queue_seconds")
     assert errors == []
-    assert len(seen) > 20
-    # What the heavy key adds is the wait for a place; the rest is the engine's and this machine's.
+    assert len(seen) > 2 * seconds
+    assert len(middle) > 2 * len(seen), "the engine was full of the heavy key's calls"
+    beside = percentile([s.first_token for s in seen if s.first_token], 0.95)
+    waits = ledger_column(gateway, "queue_seconds")
     waited = percentile([waits[s.request_id] for s in seen], 0.95)
-    assert solo + waited <= 1.5 * solo, (solo, waited)
+    print(
+        f"p95 of the first token: {solo:.3f} s alone, {beside:.3f} s beside ({beside / solo:.2f}), {waited:.3f} waited"
+    )
+    assert beside <= 1.5 * solo, (solo, beside, waited)
 
 
+@pytest.mark.parametrize("seconds", [7.0, pytest.param(40.0, marks=pytest.mark.long)])
 async def test_served_tokens_are_shared_equally_and_nothing_is_wasted(
-    gateway: GatewayProcess, engine: VllmDouble
+    gateway: GatewayProcess, engine: VllmDouble, seconds: float
 ) -> None:
-    seconds = 7.0
     # Every key can use more than its share: 32 places for 200 + 5 x 20 callers.
     people_of = [(HEAVY, 200, 8), *((key, 20, 4) for key in LIGHT)]
     async with crowd(gateway.url) as people:
@@ -89,8 +110,10 @@ async def test_served_tokens_are_shared_equally_and_nothing_is_wasted(
     shares: dict[str, float] = dict.fromkeys([HEAVY, *LIGHT], 0.0)
     for call in in_the_middle(people, seconds):
         shares[call.key] += tokens[call.request_id]
+    fair, fifo = used(people, seconds), used(everyone, seconds)
+    print(f"Jain's index {jain(list(shares.values())):.4f}; places used {fair / fifo:.3f} of first come, first served")
     assert jain(list(shares.values())) >= 0.95, shares
-    assert used(people, seconds) >= 0.95 * used(everyone, seconds)
+    assert fair >= 0.95 * fifo
 
 
 def ledger_column(gateway: GatewayProcess, column: str) -> dict[str, float]:

@@ -255,3 +255,13 @@ def test_events_that_cannot_be_waited_for_are_a_failure_by_name(library: Path, t
         failed = {"call": "nvmlEventSetWait_v2", "error": "unknown"}
         page = exporter.until("it", lambda page: page.values("gpu_exporter_call_failures_total", **failed))
         assert page.state() == "ok"
+
+
+def test_a_driver_without_version_calls_is_read_all_the_same(library: Path, tmp_path: Path) -> None:
+    scenario = Scenario(tmp_path, "h100")
+    scenario.change(DriverVersion="!13", NVMLVersion="!13", CudaDriverVersion="!3")
+    with started(scenario, library) as exporter:
+        page = exporter.until("a sample", collecting)
+
+        assert page.value("gpu_power_watts", gpu="0") == 412.35
+        assert page.value("gpu_driver_info", driver_version="", cuda_version="", nvml_version="") == 1

@@ -1,9 +1,7 @@
 """The promises of the ledger, proved on a running gateway: quotas under parallel clients, drops in every phase, canaries."""
 
 import gzip
-import json
 import random
-import socket
 import sqlite3
 import threading
 import time
@@ -96,108 +94,6 @@ def test_a_refused_call_takes_nothing_over_http(engine):
         refused = gateway.chat(key=made["secret"], max_tokens=2)
         assert refused.code == "rate_limit_exceeded"
         assert 1 <= int(refused.headers["retry-after"]) <= 30
-
-
-class Dropper:
-    """A client that hangs up at a chosen moment of a streaming call."""
-
-    def __init__(self, gateway: GatewayProcess, prompt: str, request_id: str, *, stream: bool = True) -> None:
-        body = json.dumps(
-            {"model": "double", "stream": stream, "max_tokens": 400,
-             "messages": [{"role": "user", "content": prompt}]}
-        ).encode()  # fmt: skip
-        self.socket = socket.create_connection(("127.0.0.1", gateway.port), timeout=20)
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\nx-request-id: {request_id}"
-            f"\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        self.socket.sendall(head.encode() + body)
-        self.text = b""
-
-    def read_until(self, mark: bytes, count: int = 1) -> None:
-        while self.text.count(mark) < count:
-            data = self.socket.recv(4096)
-            assert data, "the gateway closed first"
-            self.text += data
-
-    def drop(self, reset: bool) -> None:
-        if reset:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-        self.socket.close()
-
-
-PHASES = ["queued", "prefill", "first", "middle", "before the last", "not streaming"]
-
-
-@pytest.fixture(scope="module")
-def narrow(engine: VllmDouble) -> Iterator[GatewayProcess]:
-    """A gateway that lets one call at a time into the engine."""
-    with GatewayProcess(VLLM_URL=engine.url, ENGINE_CONCURRENCY=1) as gateway:
-        yield gateway
-
-
-@pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_client_that_drops_is_billed_to_the_token(engine, narrow, phase, reset):
-    """What the engine generated before it was told to stop is in the ledger: all that the gateway saw of it."""
-    gateway = narrow
-    request_id = f"drop-{phase.replace(' ', '-')}-{int(reset)}-{time.monotonic_ns()}"
-    blocker = None
-    if phase == "queued":
-        blocker = Dropper(gateway, "double:tokens=300,pace_ms=10", "blocker-" + request_id)
-        blocker.read_until(b'"content":', 2)
-    prompt = {
-        "queued": "double:tokens=50",
-        "prefill": "double:tokens=50,prefill_ms=3000",
-        "first": "double:tokens=200,pace_ms=30",
-        "middle": "double:tokens=200,pace_ms=10",
-        "before the last": "double:tokens=20,pace_ms=30",
-        "not streaming": "double:tokens=200,pace_ms=10",
-    }[phase]
-    client = Dropper(gateway, prompt, request_id, stream=phase != "not streaming")
-    if phase == "queued":
-        wait_until("it waits", lambda: len(gateway.admin("GET", "/admin/queue").json["data"]) == 1, 15)
-    elif phase in ("prefill", "not streaming"):
-        wait_until(
-            "the engine has it",
-            lambda: any(r["request_id"] == request_id and r["state"] in ("prefill", "decode")
-                        for r in engine.requests()), 15
-        )  # fmt: skip
-        if phase == "not streaming":
-            wait_until("it decodes", lambda: _seen(engine, request_id)["completion_tokens"] > 20, 15)
-    else:
-        client.read_until(b'"content":', {"first": 1, "middle": 60, "before the last": 19}[phase])
-    client.drop(reset)
-    line = gateway.closed(request_id, 10)
-    assert line["outcome"] == "cancelled", line
-    rows = ledger(
-        gateway,
-        "SELECT outcome, prompt_tokens, completion_tokens FROM usage_records WHERE request_id = ?",
-        request_id,
-    )
-    assert len(rows) == 1
-    outcome, prompt_tokens, completion_tokens = rows[0]
-    assert outcome == "cancelled"
-    if phase == "queued":
-        assert (prompt_tokens, completion_tokens) == (0, 0)
-        assert _seen(engine, request_id) is None
-        blocker.drop(reset)
-        gateway.closed("blocker-" + request_id)
-        return
-    wait_until("the engine stopped", lambda: _seen(engine, request_id)["state"] == "cancelled", 15)
-    seen = _seen(engine, request_id)
-    received = client.text.count(b'"content":"') - client.text.count(b'"content":""')
-    pace = {"first": 0.03, "middle": 0.01, "before the last": 0.03}.get(phase)
-    if pace is not None:
-        assert prompt_tokens == seen["prompt_tokens"]
-        # Between the last token that the client had and the engine's stop lies at most what was on its way.
-        assert received <= completion_tokens <= seen["completion_tokens"]
-        assert seen["completion_tokens"] - completion_tokens <= 0.5 / pace
-    assert ledger(gateway, "SELECT COUNT(*) FROM holds WHERE request_id = ?", request_id) == [(0,)]
-
-
-def _seen(engine: VllmDouble, request_id: str) -> dict[str, Any] | None:
-    return next((r for r in engine.requests() if r["request_id"] == request_id), None)
 
 
 @contextmanager
@@ -356,6 +252,13 @@ def test_a_second_gateway_on_the_same_database_ends_with_one_line(engine):
 def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(engine):
     with GatewayProcess(VLLM_URL=engine.url) as gateway:
         stream: list[Any] = []
+        answered: list[int] = []
+
+        def chat() -> Any:
+            answer = gateway.chat(max_tokens=2)
+            if answer.status == 200:
+                answered.append(1)
+            return answer
 
         def run() -> None:
             stream.append(gateway.chat("double:tokens=60,pace_ms=50", stream=True, max_tokens=60))
@@ -366,7 +269,8 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
         lock = sqlite3.connect(f"{gateway.folder}/gateway.sqlite3", isolation_level=None, timeout=10)
         lock.execute("BEGIN IMMEDIATE")
         try:
-            refused = gateway.chat(max_tokens=2)
+            # Nobody knows that the database refuses until there is something to write; that is safe in the spool.
+            refused = wait_until("a refusal", lambda: answer if (answer := chat()).status != 200 else None, 15)
             assert (refused.status, refused.code) == (503, "ledger_unavailable")
             assert int(refused.headers["retry-after"]) >= 1
             assert gateway.get("/ready").status == 503
@@ -377,7 +281,7 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             lock.execute("ROLLBACK")
             lock.close()
         wait_until("it heals", lambda: gateway.get("/ready").status == 200, 10)
-        assert gateway.chat(max_tokens=2).status == 200
+        assert chat().status == 200
         wait_until(
             "the spool is replayed",
             lambda: (
@@ -386,6 +290,8 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             ),
             15,
         )
+        ended = len(answered) + 1  # the stream too
+        assert ledger(gateway, "SELECT COUNT(*) FROM usage_records WHERE outcome = 'ok'") == [(ended,)]
         assert ledger(gateway, "SELECT COUNT(*) FROM holds") == [(0,)]
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
 
 import pytest
 from tests.doubles.records import record
 from tests.doubles.stages import SECRET, stages
 
+from gateway.call import Usage
+from gateway.journal import Held
 from gateway.keys import digest_of
 from gateway.store import Database, accounts, batch, migrate, reports
 
@@ -16,11 +17,6 @@ KEYS = 10_000
 
 def secret_of(number: int) -> str:
     return "sk-gw-" + hashlib.sha256(str(number).encode()).hexdigest()[:32]
-
-
-def chunks(rows: list, size: int = 500) -> Iterator[list]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def fill(url: str, keys: int, records: int) -> None:
@@ -117,14 +113,21 @@ async def test_a_start_after_a_crash_under_load_is_quick(tmp_path):
     seconds = []
     for round_number in range(3):
         async with stages(tmp_path) as made:
-            row = ("key_1", None, "m", "e", 1, "2026-01-01", 0, 0.0, 9e9, None, 3, 4, 0)
-            for part in chunks([(f"lost-{round_number}-{n}", *row) for n in range(1000)]):
-                await made.store.change(lambda db, part=part: batch.write(db, batch.Group(holds=part)))
+            for n in range(1000):
+                held = Held(f"lost-{round_number}-{n}", "key_1", None, "m", "e", 1, "2026-01-01", False, 5.0, None)
+                made.store.hold(held).note(Usage(3, 4, 0))
+                if n % 2:
+                    made.store.note([(held, 9e9, Usage(3, 3, 0))])
+            await made.store.change(lambda db: None)
         began = time.perf_counter()
         async with stages(tmp_path) as made:
             seconds.append(time.perf_counter() - began)
             assert made.started.lost == 1000
             assert made.call(secret=SECRET).caller.name == "team"
             assert made.rows("SELECT COUNT(*) FROM holds") == [(0,)]
+            name = f"lost-{round_number}-%"
+            assert made.rows(
+                "SELECT COUNT(*), SUM(completion_tokens) FROM usage_records WHERE request_id LIKE ?", name
+            ) == [(1000, 4000)]
             assert len(await made.store.read(accounts.keys)) == 101
     assert min(seconds) < 1.0, seconds

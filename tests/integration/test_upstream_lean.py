@@ -57,7 +57,8 @@ async def started(engine: Engine) -> tuple[asyncio.Server, str]:
 
 
 async def whole(upstream: Upstream, url: str, body: bytes = b"{}") -> tuple[int, bytes]:
-    exchange = await upstream.open("POST", url, {"content-type": "application/json", "x-request-id": "r"}, body)
+    route = upstream.route("POST", url, {"content-type": "application/json"})
+    exchange = await upstream.open(route, {"x-request-id": "r"}, body)
     parts = b""
     try:
         while part := await exchange.read():
@@ -119,7 +120,7 @@ async def test_no_head(upstream: Upstream, answer: bytes | None) -> None:
     server, url = await started(Engine(answer))
     async with server:
         with pytest.raises(BrokenConnection):
-            await upstream.open("POST", url, {}, b"{}")
+            await upstream.open(upstream.route("POST", url, {}), {}, b"{}")
 
 
 async def test_nobody_listens(upstream: Upstream) -> None:
@@ -127,7 +128,7 @@ async def test_nobody_listens(upstream: Upstream) -> None:
     server.close()
     await server.wait_closed()
     with pytest.raises(ConnectError):
-        await upstream.open("POST", url, {}, b"{}")
+        await upstream.open(upstream.route("POST", url, {}), {}, b"{}")
 
 
 @pytest.mark.parametrize("phase", ["head", "body"])
@@ -138,9 +139,9 @@ async def test_giving_up_closes_the_connection(upstream: Upstream, phase: str) -
     async with server:
         if phase == "head":
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(upstream.open("POST", url, {}, b"{}"), 0.05)
+                await asyncio.wait_for(upstream.open(upstream.route("POST", url, {}), {}, b"{}"), 0.05)
         else:
-            exchange = await upstream.open("POST", url, {}, b"{}")
+            exchange = await upstream.open(upstream.route("POST", url, {}), {}, b"{}")
             assert await exchange.read() == b"abc"
             exchange.close()
         async with asyncio.timeout(10):
@@ -152,7 +153,7 @@ async def test_header_with_a_line_break_is_not_sent(upstream: Upstream) -> None:
     server, url = await started(engine)
     async with server:
         with pytest.raises((ValueError, BrokenConnection)):
-            await upstream.open("POST", url, {"x-a": "b\r\nx-c: d"}, b"{}")
+            await upstream.open(upstream.route("POST", url, {}), {"x-a": "b\r\nx-c: d"}, b"{}")
     assert all(b"x-c" not in sent for sent in engine.requests)
 
 

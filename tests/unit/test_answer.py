@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.answer import BrokenStream, Stream, note_body, note_tail
+from gateway.answer import BrokenStream, Stream
 from gateway.call import Usage
 from gateway.errors import KeyDisabled, UpstreamError
+from gateway.reported import note_body, note_tail
 from gateway.wire import ENDPOINTS, Caps, parse
 
 
@@ -69,6 +70,51 @@ def test_a_healthy_stream_is_what_the_engine_would_have_sent(options: Any, texts
     assert relay(stream, got, cuts) == wanted + DONE
     assert stream.ended
     assert (stream.usage.prompt, stream.usage.completion, stream.usage.cached) == (7, len(texts), 2)
+
+
+@given(newline=st.sampled_from(["\n", "\r\n"]), cuts=st.lists(st.integers(0, 3000), max_size=8), usage=st.booleans())
+def test_an_engine_with_a_looser_hand_is_read_as_well(newline: str, cuts: list[int], usage: bool):
+    """Spaces in the JSON, lines ending in CRLF, usage only at the end, as servers other than vLLM write."""
+
+    def loose(data: dict[str, Any]) -> bytes:
+        return f"data: {json.dumps(data)}{newline}{newline}".encode()
+
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in ("a", "", "b")]
+    last = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}}
+    sent = b"".join(map(loose, chunks)) + (loose(last) if usage else b"") + f"data: [DONE]{newline}{newline}".encode()
+    stream = Stream(request(), Usage())
+
+    got = relay(stream, sent, cuts)
+
+    assert got == b"".join(map(loose, chunks)).replace(b"\r\n", b"\n") + DONE
+    assert stream.tokens
+    assert (stream.usage.prompt, stream.usage.completion) == ((9, 4) if usage else (0, 2))
+
+
+@given(
+    limit=st.integers(8, 40),
+    cuts=st.lists(st.integers(0, 6000), max_size=8),
+    wanted=st.booleans(),
+    running=st.booleans(),
+)
+def test_an_engine_that_goes_on_after_its_limit_is_cut_there(limit: int, cuts: list[int], wanted: bool, running: bool):
+    sent = chunk(None, (7, 0) if running else None)
+    sent += b"".join(chunk(f"t{i} ", (7, i) if running else None) for i in range(1, 50))
+    stream = Stream(request(stream_options={"include_usage": True} if wanted else None), Usage(), limit)
+
+    got = relay(stream, sent, cuts)
+
+    *events, done, rest = got.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    said = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    text = "".join(c["delta"].get("content", "") for event in said for c in event["choices"])
+    tokens = limit - (7 if running else 0)
+    assert text == "".join(f"t{i} " for i in range(1, tokens + 1))
+    assert [c["finish_reason"] for event in said for c in event["choices"]][-1] == "length"
+    assert stream.cut
+    assert stream.usage.total == limit
+    if wanted:
+        assert said[-1]["usage"]["total_tokens"] == limit
 
 
 def test_the_role_chunk_is_not_the_first_token():
@@ -232,3 +278,14 @@ def test_an_answer_that_says_nothing_changes_nothing(body: bytes):
     note_tail(usage, body)
 
     assert usage == Usage()
+
+
+@pytest.mark.parametrize(
+    "usage", ['{"prompt_tokens":"many"}', '{"prompt_tokens":1.5}', '{"completion_tokens":[1]}', "{}"]
+)
+def test_a_usage_that_is_none_breaks_nothing(usage: str):
+    said = f'{{"choices":[{{"index":0,"delta":{{"content":"a"}}}}],"usage":{usage}}}'
+    stream = Stream(request(stream_options={"include_usage": True, "continuous_usage_stats": True}), Usage())
+
+    assert relay(stream, event(said) + DONE, []) == event(said) + DONE
+    assert stream.usage.prompt == 0

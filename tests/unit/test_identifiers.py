@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from gateway import identifiers
@@ -17,3 +19,15 @@ def test_all_zero_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identifiers, "_pool", "0" * 16 + "1" * 16)
     monkeypatch.setattr(identifiers, "_at", 0)
     assert identifiers.fresh(16) == "1" * 16
+
+
+def test_ordered_ones_sort_by_their_time(monkeypatch):
+    now = [1_700_000_000.001]
+    monkeypatch.setattr(identifiers.time, "time", lambda: now[0])
+    found = []
+    for _ in range(50):
+        found.append(identifiers.ordered())
+        now[0] += 0.0011
+    assert found == sorted(set(found))
+    assert found[0].startswith("1700000000001")
+    assert all(re.fullmatch(r"[0-9]{13}[0-9a-f]{19}", one) for one in found)

@@ -107,7 +107,7 @@ async def test_a_model_that_nobody_serves_is_not_written_down(tmp_path):
     async with stages(tmp_path) as made:
         call = made.call(model="sk-secret-in-the-model-field")
         await made.budget.hold(call)
-        assert made.rows("SELECT model FROM holds") == [("other",)]
+        await until("a row", lambda: made.rows("SELECT model FROM holds") == [("other",)])
         await made.end(call)
         assert made.rows("SELECT model FROM usage_records") == [("other",)]
 
@@ -117,6 +117,7 @@ async def test_running_usage_is_noted_and_the_lease_renewed(tmp_path):
     async with stages(tmp_path, clock=clock, HOLD_SECONDS=100) as made:
         call = made.call()
         await made.budget.hold(call)
+        await until("a row", lambda: made.rows("SELECT prompt_tokens FROM holds") == [(0,)])
         lease = call.hold.expires_at
         call.usage = Usage(7, 3, 1, known=True)
         await until("usage noted", lambda: made.rows("SELECT prompt_tokens, completion_tokens FROM holds") == [(7, 3)])
@@ -242,6 +243,7 @@ async def test_a_hold_whose_lease_is_over_is_settled_by_the_sweeper(tmp_path):
         leaked, live = made.call(), made.call()
         await made.budget.hold(leaked)
         await made.budget.hold(live)
+        await until("two rows", lambda: made.rows("SELECT COUNT(*) FROM holds") == [(2,)])
         made.budget.release(leaked)  # gone from memory, its row forgotten
         made.store._next_sweep = 0.0
         await until("swept", lambda: made.rows("SELECT outcome FROM usage_records") == [("lost",)])
@@ -285,3 +287,16 @@ async def test_a_fault_of_ours_in_the_writer_stops_admission_and_loses_nothing(t
         await until("healed", lambda: made.ledger.healthy)
         assert len(faults) == 3
         assert made.rows("SELECT COUNT(*), SUM(prompt_tokens) FROM usage_records") == [(1, 10)]
+
+
+async def test_an_engine_that_counts_nonsense_does_not_stop_the_ledger(tmp_path):
+    async with stages(tmp_path) as made:
+        for prompt, completion in ((10**30, 5), (-7, 5), (3, -1)):
+            call = made.call()
+            await made.budget.hold(call)
+            await made.end(call, prompt, completion)
+        assert made.ledger.healthy
+        rows = made.rows("SELECT prompt_tokens, completion_tokens FROM usage_records ORDER BY id")
+        assert rows == [(1 << 40, 5), (0, 5), (3, 0)]
+        used = made.budget.account(call.caller.key_id).day(made.budget.days.today()).used
+        assert used == (1 << 40) + 13

@@ -9,7 +9,9 @@ import pytest
 from tests.doubles.records import record
 from tests.doubles.stages import SECRET, Stages, settings_for, stages
 
+from gateway.call import Usage
 from gateway.errors import InvalidApiKey
+from gateway.journal import Held
 from gateway.keys import KeyNotFound, digest_of
 from gateway.store import Database, Store, StoreLocked, StoreNewer, StoreUnavailable, accounts, batch, migrate, reports
 from gateway.store.schema import MIGRATIONS, TABLES, USAGE_COLUMNS
@@ -225,66 +227,6 @@ class TestSeeding:
         assert [(k.id, k.disabled) for k in accounts.keys(database) if k.name == "made"] == [(key.id, False)]
 
 
-def fill(path, calls: int) -> None:
-    """A database with keys and records, closed."""
-    database = Database(f"sqlite:///{path}")
-    with database.session():
-        migrate(database)
-        accounts.seed(database, f"team={SECRET}")
-        for start in range(0, calls, 500):
-            batch.write(database, batch.Group(records=[record(f"r{start + n}") for n in range(500)]))
-        database.run("PRAGMA wal_checkpoint(TRUNCATE)")
-
-
-async def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(tmp_path):
-    path = tmp_path / "gateway.sqlite3"
-    fill(path, 2000)
-    size = path.stat().st_size
-    with path.open("r+b") as file:  # pages in the middle, where the ledger is
-        file.seek(size // 2)
-        file.write(b"\xde\xad" * 8192)
-    damaged = path.read_bytes()
-    async with stages(tmp_path) as made:
-        assert made.started.damaged is not None
-        aside = tmp_path / made.started.damaged
-        assert aside.read_bytes() == damaged
-        assert made.call().caller.name == "team"  # the keys are there
-        assert made.rows("SELECT SUM(requests) FROM daily_totals") == [(2000,)]
-        kept = made.rows("SELECT COUNT(*) FROM usage_records")[0][0]
-        assert 0 < kept < 2000
-        audit = await made.store.read(reports.audit)
-        assert audit[0]["action"] == "database_damaged"
-        call = made.call()
-        await made.budget.hold(call)
-        await made.end(call)
-    async with stages(tmp_path) as made:
-        assert made.started.damaged is None
-
-
-async def test_a_file_that_is_no_database_is_set_aside(tmp_path):
-    path = tmp_path / "gateway.sqlite3"
-    path.write_bytes(b"this is not a database" * 1000)
-    async with stages(tmp_path) as made:
-        assert made.started.damaged is not None
-        assert (tmp_path / made.started.damaged).read_bytes().startswith(b"this is not")
-        assert made.call().caller.name == "team"
-
-
-async def test_a_locked_or_healthy_file_is_never_set_aside(tmp_path):
-    path = tmp_path / "gateway.sqlite3"
-    fill(path, 500)
-    lock = sqlite3.connect(path, isolation_level=None)
-    lock.execute("BEGIN IMMEDIATE")
-    made = Stages(settings_for(tmp_path))
-    with pytest.raises(StoreUnavailable):
-        await made.start()
-    lock.execute("ROLLBACK")
-    lock.close()
-    async with stages(tmp_path) as again:
-        assert again.started.damaged is None
-    assert [p.name for p in tmp_path.iterdir() if "damaged" in p.name] == []
-
-
 def test_old_records_go_and_totals_stay(database):
     old = time.time() - 100 * 86_400
     records = [record(f"old{n}", started_at=old) for n in range(700)] + [record(f"new{n}") for n in range(10)]
@@ -321,17 +263,28 @@ def test_the_store_needs_no_loop_to_be_made(tmp_path):
     assert not Store(settings_for(tmp_path), lambda changes: None).healthy
 
 
-def test_two_holds_of_one_id_in_one_group_are_both_refused(database):
-    rows = [
-        (name, "k", None, "m", "e", 1, "2026-01-01", 0, 0.0, 9e9, None, 0, 0, 0) for name in ("twin", "one", "twin")
+def test_rows_of_calls_under_way_are_renewed_and_end_with_their_record(database):
+    held = Held("r1", "k", None, "m", "e", 9, "2026-01-01", False, 5.0, None)
+    batch.write(database, batch.Group(holds={"r1": batch.hold_row(held, 100.0, Usage())}))
+    batch.write(database, batch.Group(holds={"r1": batch.hold_row(held, 200.0, Usage(3, 4, 1))}))
+    assert database.rows("SELECT expires_at, prompt_tokens, completion_tokens, cached_tokens FROM holds") == [
+        (200.0, 3, 4, 1)
     ]
-    group = batch.Group(holds=rows)
-    batch.write(database, group)
-    assert group.known == {"twin"}
-    assert database.rows("SELECT request_id FROM holds") == [("one",)]
-    again = batch.Group(holds=[rows[1]])
-    batch.write(database, again)
-    assert again.known == {"one"}
+    batch.write(database, batch.Group(records=[record("r1")], ended=["r1"]))
+    assert database.rows("SELECT COUNT(*) FROM holds") == [(0,)]
+
+
+def test_one_request_id_for_several_calls_is_extended_and_each_call_recorded_once(database):
+    calls = [record("same", started_at=float(n), key_id=f"key_{n % 2}") for n in range(4)]
+    assert batch.write(database, batch.Group(records=calls[:1])) == 1
+    assert batch.write(database, batch.Group(records=calls)) == 3
+    assert batch.write(database, batch.Group(records=calls)) == 0  # also under the ids that they were given
+    assert batch.write(database, batch.Group(records=[calls[3]])) == 0
+    rows = database.rows("SELECT request_id, started_at FROM usage_records ORDER BY started_at")
+    assert [row[1] for row in rows] == [0.0, 1.0, 2.0, 3.0]
+    assert rows[0][0] == "same"
+    assert all(row[0] == batch.extended(call) for row, call in zip(rows[1:], calls[1:], strict=True))
+    assert database.rows("SELECT SUM(requests) FROM daily_totals") == [(4,)]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import inspect
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 
 from gateway.upstream import LEAN_VERSIONS
 
@@ -20,8 +21,8 @@ def test_installed_aiohttp_is_one_that_was_tried() -> None:
 
 def test_what_is_used_has_the_form_that_was_tried() -> None:
     assert list(inspect.signature(aiohttp.TCPConnector.connect).parameters) == ["self", "req", "traces", "timeout"]
-    wanted = {"read_until_eof", "auto_decompress", "read_bufsize"}
-    assert wanted <= inspect.signature(ResponseHandler.set_response_params).parameters.keys()
-    for name in ("read", "_drain_helper", "writing_paused", "is_connected"):
+    for name in ("connection_lost", "close", "transport"):
         assert hasattr(ResponseHandler, name)
+    for name in ("protocol", "transport", "close"):
+        assert hasattr(Connection, name)
     assert {"method", "url", "loop"} <= inspect.signature(aiohttp.ClientRequest.__init__).parameters.keys()

@@ -12,6 +12,8 @@ from zoneinfo import ZoneInfo
 from gateway.call import Caller
 from gateway.gcra import Rate, per_minute
 
+_DAYS_KEPT = 4  # the machine's clock may be wrong by days and be set right again: what was used then still counts
+
 
 class Day:
     """One quota day of one account, in tokens: `used` is settled, `held` is an upper bound of what still runs."""
@@ -52,13 +54,19 @@ class Account:
         self.requests_rate = per_minute(limits.requests_per_minute) if limits.requests_per_minute else None
         self.tokens_rate = per_minute(limits.tokens_per_minute) if limits.tokens_per_minute else None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs, waits or is held on it."""
+        return not self.live and not self.waiting and not any(day.held for day in self._days.values())
+
     def day(self, name: str) -> Day:
         """The day `name` (ISO date). A call that runs past midnight settles into the day in which it began."""
         day = self._days.get(name)
         if day is None:
-            for old in [known for known, d in self._days.items() if known < name and not d.held]:
-                del self._days[old]
             day = self._days[name] = Day(name)
+            for old in sorted(self._days)[:-_DAYS_KEPT]:
+                if old != name and not self._days[old].held:
+                    del self._days[old]
         return day
 
 

@@ -1,144 +1,74 @@
-"""The answers' side of the dialects, without I/O: usage, what to strip, where a stream ends, how a broken one ends.
+"""The answers' side of the dialects, without I/O: what to strip, where a stream ends, how a broken one ends.
 
 A stream is relayed as bytes. Only whole events leave (`feed` keeps a rest until its blank line has come), so that an
 event of ours can follow any relayed byte, and the terminal event is kept back until the call has been recorded.
 
 The byte patterns below cannot be forged by generated text: inside a JSON string every quotation mark is escaped, so
-`"usage":{` only ever stands for the field.
+`"usage":` only ever stands for the field. They allow the spaces that engines other than vLLM write, and lines that end
+with CRLF are relayed as if they ended with LF. An engine that reports no running usage is counted by its deltas, a
+token each, until it says the true number. One that goes on after the limit that it was given is cut at that limit.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.call import Usage
+from gateway import reported
 from gateway.errors import UpstreamError
 
 if TYPE_CHECKING:
+    from gateway.call import Usage
     from gateway.errors import GatewayError
     from gateway.wire import Request
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 
-DONE = b"data: [DONE]\n\n"
-_OBJECT = rb"\{(?:[^{}]|\{[^{}]*\})*\}"
-_USAGE = re.compile(rb'"usage":(' + _OBJECT + rb")")
-_USAGE_FIELD = re.compile(rb',"usage":' + _OBJECT)
-_FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"]*"|null)')
-_INDEX = re.compile(rb'"index":(\d+)')
-_ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: \{"error"')
-_SEQUENCE = re.compile(rb'"sequence_number":(\d+)')
-_RESPONSE_ID = re.compile(rb'"response":\{"id":"([A-Za-z0-9_-]{1,128})"')
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    """The union of the dialects' usage objects."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-    seconds: float | None = None  # transcriptions report the length of the audio
-
-
-class _Message(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-class _Body(msgspec.Struct):
-    """A JSON answer, or the data of one event, as far as it concerns usage."""
-
-    usage: _Usage | None = None
-    message: _Message | None = None  # message_start
-    response: _Message | None = None  # response.completed
-
-
-_usage = msgspec.json.Decoder(_Usage)
-_body = msgspec.json.Decoder(_Body)
-
-# Whisper-style encoders make 50 positions of a second of audio; the engine reports seconds instead of tokens.
-AUDIO_TOKENS_PER_SECOND = 50
-
-
-def note(usage: Usage, said: _Usage) -> None:
-    """Take over what the engine said; a field that it left out keeps its value."""
-    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
-    completion = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
-    if prompt is None and said.total_tokens is not None:
-        prompt = said.total_tokens - (completion or 0)
-    if prompt is None and said.seconds is not None:
-        prompt = round(said.seconds * AUDIO_TOKENS_PER_SECOND)
-    if prompt is not None:
-        usage.prompt = prompt
-    if completion is not None:
-        usage.completion = completion
-    details = said.prompt_tokens_details or said.input_tokens_details
-    if details is not None and details.cached_tokens is not None:
-        usage.cached = details.cached_tokens
-    elif said.cache_read_input_tokens:
-        usage.cached = said.cache_read_input_tokens
-    usage.known = True
-
-
-def note_body(usage: Usage, body: bytes) -> bool:
-    """Read the usage of a whole JSON answer. Returns False if the body is no JSON at all."""
-    try:
-        said = _body.decode(body).usage
-    except msgspec.ValidationError:
-        return True  # JSON of another shape; it says nothing about usage
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    if said is not None:
-        note(usage, said)
-    return True
-
-
-def note_tail(usage: Usage, tail: bytes) -> None:
-    """Read the usage near the end of a JSON answer that was too large to keep."""
-    at = tail.rfind(b'"usage":{')
-    if at >= 0 and (found := _USAGE.match(tail, at)):
-        with contextlib.suppress(msgspec.DecodeError):
-            note(usage, _usage.decode(found[1]))
+_DONE = re.compile(rb"(?:^|\n)(data: ?\[DONE\]\n\n)")
+_USAGE_FIELD = re.compile(rb",\s*" + reported.FIELD)
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_FINGERPRINT = re.compile(rb',\s*"system_fingerprint"\s*:\s*(?:"[^"]*"|null)')
+_INDEX = re.compile(rb'"index"\s*:\s*(\d+)')
+_ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: ?\{\s*"error"\s*:')
+_SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
+_RESPONSE_ID = re.compile(rb'"response"\s*:\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"')
 
 
 class Stream:
     """One SSE answer on its way through. `feed` returns what may be sent now; `ended` says that the rest (`tail`) is
-    the dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none)."""
+    the dialect's terminal event. `tokens` is True once generated tokens have been seen (the role chunk has none).
+    `limit`: the most tokens, prompt included, that this answer may cost (0: any number); `cut` says that it ended there
+    while the engine was still sending."""
 
     __slots__ = (
         "_by_index",
         "_last",
+        "_limit",
         "_request",
         "_response_id",
         "_rest",
         "_sequence",
+        "cut",
         "ended",
         "tail",
         "tokens",
         "usage",
     )
 
-    def __init__(self, request: Request, usage: Usage) -> None:
+    def __init__(self, request: Request, usage: Usage, limit: int = 0) -> None:
         self._request = request
+        self._limit = limit
         self._rest = b""
         self._last = b""  # an event that may turn out to be the last one
         self._by_index: dict[int, tuple[int, int]] = {}
         self._sequence = -1
         self._response_id = ""
         self.usage = usage
+        self.cut = False
         self.ended = False
         self.tail = b""
         self.tokens = False
@@ -147,6 +77,8 @@ class Stream:
         """Take bytes as they came. Raises `UpstreamError` where the engine itself reports that the stream broke."""
         if self._rest:
             data = self._rest + data
+        if b"\r" in data:  # inside JSON it would be escaped
+            data = data.replace(b"\r\n", b"\n")
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
             if len(data) > MAX_EVENT_BYTES:
@@ -162,39 +94,76 @@ class Stream:
         dialect = self._request.endpoint.dialect
         if dialect == "openai":
             return self._openai(data)
-        return self._messages(data) if dialect == "messages" else self._responses(data)
+        ready = self._messages(data) if dialect == "messages" else self._responses(data)
+        if self._limit and self.usage.total > self._limit:
+            self.usage.completion = max(0, self._limit - self.usage.prompt)
+            raise UpstreamError("The engine went on after the limit of this answer.")
+        return ready
 
     def _openai(self, data: bytes) -> bytes:
-        if b'data: {"error"' in data and (error := _ERROR_EVENT.search(data)):
+        if b'"error"' in data and (error := _ERROR_EVENT.search(data)):
             before = self._openai_usage(data[: error.start() + 2] if error.start() else b"")
             raise BrokenStream(before + self._last)
-        if data.endswith(DONE):
+        if b"[DONE]\n\n" in data and (done := _DONE.search(data)):
             self.ended = True
-            self.tail = DONE
-            data = data[: -len(DONE)]
+            self.tail = done[1]
+            data = data[: done.start(1)]
         ready = self._openai_usage(data)
+        if self._limit and self.usage.total > self._limit:
+            return self._stop(ready)
         if self.ended and self._last:
             ready, self._last = ready + self._last, b""
         return ready
 
+    def _stop(self, ready: bytes) -> bytes:
+        """End at the limit, as an engine that keeps it would: finish_reason "length", usage if asked for, [DONE].
+
+        An event is a token, so as many of the last events as there are tokens too many are left out.
+        """
+        beyond = self.usage.total - self._limit
+        self.usage.completion = max(0, self._limit - self.usage.prompt)
+        self.cut = self.ended = True
+        events = _events(self._last + ready)
+        try:
+            shape = msgspec.json.decode(events[-1].partition(b"data:")[2]) if events else {}
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            shape = {}
+        shape = {name: shape[name] for name in ("id", "object", "created", "model") if name in shape}
+        chat = self._request.endpoint.name == "chat_completions"
+        said: dict[str, object] = {"delta": {}} if chat else {"text": ""}
+        choices = [{"index": number, **said, "finish_reason": "length"} for number in range(max(1, self._request.n))]
+        tail = b"data: " + msgspec.json.encode({**shape, "choices": choices}) + b"\n\n"
+        if self._request.wants_usage:
+            usage = self.usage
+            told = {
+                "prompt_tokens": usage.prompt,
+                "completion_tokens": usage.completion,
+                "total_tokens": usage.total,
+            }
+            tail += b"data: " + msgspec.json.encode({**shape, "choices": [], "usage": told}) + b"\n\n"
+        self.tail = tail + b"data: [DONE]\n\n"
+        return b"".join(events[:-beyond])
+
     def _openai_usage(self, data: bytes) -> bytes:
-        at = data.rfind(b'"usage":{')
-        if at < 0:
+        said = reported.last(data)
+        if said is None:
+            if not self.usage.known:
+                self._count(sum(map(reported.deltas, _events(data))))
             return data
         if self._request.n > 1:
             self._note_each(data)
-        elif found := _USAGE.match(data, at):
-            note(self.usage, _usage.decode(found[1]))
+        else:
+            reported.note(self.usage, said)
         if self.usage.completion > 0:
             self.tokens = True
         request = self._request
         if request.wants_running_usage:
             return data
-        if not request.wants_usage and (self._last or b'"finish_reason":"' in data or b'"choices":[]' in data):
+        if not request.wants_usage and (self._last or _FINISHED.search(data) or _NO_CHOICES.search(data)):
             return self._without_usage(data)
-        if b'"choices":[]' not in data:
+        if not _NO_CHOICES.search(data):
             return _USAGE_FIELD.sub(b"", data)
-        return b"".join(event if b'"choices":[]' in event else _USAGE_FIELD.sub(b"", event) for event in _events(data))
+        return b"".join(event if _NO_CHOICES.search(event) else _USAGE_FIELD.sub(b"", event) for event in _events(data))
 
     def _without_usage(self, data: bytes) -> bytes:
         """Cut out usage and the last event, which exists for it alone.
@@ -203,13 +172,13 @@ class Stream:
         """
         ready = []
         for event in _events(data):
-            if b'"choices":[]' in event:
+            if _NO_CHOICES.search(event):
                 if self._last and (mark := _FINGERPRINT.search(event)):
                     self._last = self._last[: -len(b"}\n\n")] + mark[0] + b"}\n\n"
                 continue
             ready.append(self._last)
             event = _USAGE_FIELD.sub(b"", event)
-            self._last = event if b'"finish_reason":"' in event else b""
+            self._last = event if _FINISHED.search(event) else b""
             if not self._last:
                 ready.append(event)
         return b"".join(ready)
@@ -221,12 +190,11 @@ class Stream:
         """
         a_prompt = max(1, self._request.n // self._request.prompts)
         for event in _events(data):
-            found = _USAGE.search(event)
-            if found is None:
+            said = reported.last(event)
+            if said is None:
                 continue
-            said = _usage.decode(found[1])
-            if b'"choices":[]' in event:
-                note(self.usage, said)
+            if _NO_CHOICES.search(event):
+                reported.note(self.usage, said)
             elif index := _INDEX.search(event):
                 self._by_index[int(index[1])] = (said.prompt_tokens or 0, said.completion_tokens or 0)
                 prompts = {number // a_prompt: prompt for number, (prompt, _) in self._by_index.items()}
@@ -243,7 +211,7 @@ class Stream:
             if event.startswith(b"event: error"):
                 raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: message_start", b"event: message_delta")):
-                self._note_event(event)
+                reported.note_event(self.usage, event)
             elif event.startswith(b"event: content_block_delta"):
                 self._count(1)
         return self._end_at(data, (b"event: message_stop\n",))
@@ -263,18 +231,8 @@ class Stream:
             if event.startswith((b"event: response.failed", b"event: error")):
                 raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: response.completed", b"event: response.incomplete")):
-                self._note_event(event)
+                reported.note_event(self.usage, event)
         return self._end_at(data, (b"event: response.completed\n", b"event: response.incomplete\n"))
-
-    def _note_event(self, event: bytes) -> None:
-        payload = event.partition(b"data:")[2]
-        try:
-            body = _body.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return
-        for part in (body, body.message, body.response):
-            if part is not None and part.usage is not None:
-                note(self.usage, part.usage)
 
     def _end_at(self, data: bytes, marks: tuple[bytes, ...]) -> bytes:
         for mark in marks:

@@ -18,7 +18,7 @@ from gateway.errors import (
     RequestTooLarge,
     UnknownRoute,
 )
-from gateway.identifiers import fresh
+from gateway.identifiers import fresh, ordered
 from gateway.wire import ENDPOINTS
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def request_id(headers: Headers) -> str:
     given = headers.get(b"x-request-id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
-    return fresh()
+    return ordered()
 
 
 class Api:
@@ -61,6 +61,7 @@ class Api:
 def routes(gateway: Gateway) -> Quart:
     """Every route that is not relayed."""
     app = Quart("gateway", static_folder=None)
+    app.url_map.merge_slashes = False  # else `/v1//x` is answered by a redirect to whatever Host the caller sent
     app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024  # admin bodies are small; Quart's default is 16 MiB
     app.config["BODY_TIMEOUT"] = 30
     app.config["RESPONSE_TIMEOUT"] = 60  # nothing is streamed here

@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from gateway.settings import BackendConfig, Settings
 
 UNHEALTHY_AFTER = 2  # failed polls in a row: one slow answer of a busy engine is no outage
+TEMPLATE_TOKENS = 8  # role marks, where an engine cannot say what its template adds
 URGENT_SECONDS = 0.25  # after a failed call the next poll comes this soon
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a poll found. `models` are the ids of `/v1/models`, `max_model_len` in tokens."""
+    """What a poll found. `models` are the ids of `/v1/models`, `max_model_len` in tokens; `template_tokens` are what
+    the chat template adds (None: not known yet)."""
 
     ok: bool
     models: tuple[str, ...] = ()
     max_model_len: int | None = None
+    template_tokens: int | None = None
 
 
 class Backend:
@@ -37,7 +40,7 @@ class Backend:
 
     __slots__ = (
         "api_key", "breaker", "configured", "failed_polls", "healthy", "in_flight", "limit", "max_model_len", "name",
-        "outstanding", "served", "served_name", "url", "weight",
+        "outstanding", "served", "served_name", "template_tokens", "url", "weight",
     )  # fmt: skip
 
     def __init__(self, config: BackendConfig, limit: int, breaker: Breaker) -> None:
@@ -53,6 +56,7 @@ class Backend:
         self.failed_polls = 0
         self.served: tuple[str, ...] = ()  # what the engine says
         self.max_model_len: int | None = None
+        self.template_tokens: int | None = None
         self.in_flight = 0
         self.outstanding = 0.0
 
@@ -126,6 +130,14 @@ class Registry:
         lengths = [b.max_model_len for b in self.backends if b.max_model_len is not None and model in b.models]
         return min(lengths) if lengths else None
 
+    def template_tokens(self, model: str) -> int:
+        """What the chat template of `model` adds to a prompt, tokens; the largest of its engines."""
+        found = 0
+        for backend in self.pool(model):
+            tokens = backend.template_tokens
+            found = max(found, TEMPLATE_TOKENS if tokens is None else tokens)
+        return found
+
     def models(self) -> list[dict[str, Any]]:
         """The entries of `GET /v1/models`: every name that an engine serves, once."""
         entries: dict[str, dict[str, Any]] = {}
@@ -183,6 +195,7 @@ class Registry:
             backend.healthy = True
             if changed:
                 backend.breaker.recover()
+            backend.template_tokens = probe.template_tokens
             if probe.models and (probe.models, probe.max_model_len) != (backend.served, backend.max_model_len):
                 backend.served = probe.models
                 backend.max_model_len = probe.max_model_len

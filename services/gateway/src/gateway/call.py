@@ -12,9 +12,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.errors import GatewayError
+    from gateway.journal import Slot
     from gateway.wire import Endpoint, Request
 
+_timings: dict[tuple[str, ...], bytes] = {}  # how a call's stages are told, by which there were
 STAGES = ("auth", "budget", "capacity", "dispatch", "forward", "ledger")
 
 
@@ -85,7 +89,8 @@ class Usage:
 class Hold:
     """What a call has taken and must give back: an upper bound of tokens until the truth is known.
 
-    `tokens` were held against the quota day `day` (ISO date in QUOTA_TIMEZONE).
+    `tokens` were held against the quota day `day` (ISO date in QUOTA_TIMEZONE). `slot` is the call's place in the
+    journal, None until it is kept there.
     """
 
     request_id: str
@@ -93,6 +98,7 @@ class Hold:
     tokens: int
     day: str
     expires_at: float  # Unix seconds: the lease
+    slot: Slot | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,10 @@ class UsageRecord:
     day: str
 
 
+def _nowhere(usage: Usage) -> None:
+    """Nothing is held, nothing is kept."""
+
+
 class Call:
     """One request on its way through the stages. Owned by one task; `abort` may be called from elsewhere."""
 
@@ -137,6 +147,7 @@ class Call:
         "limit_headers",
         "loop_lag",
         "mark",
+        "note",
         "outcome",
         "path",
         "queue_seconds",
@@ -170,6 +181,7 @@ class Call:
         self.limit_headers: dict[str, str] = {}  # x-ratelimit-*, set by the budget stage
         self.loop_lag = 0.0  # seconds: how late the event loop ran when the call came
         self.usage = Usage()
+        self.note: Callable[[Usage], None] = _nowhere  # keeps the running usage, set by the budget stage
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None  # what the caller was, or would have been, told
         self.cause: GatewayError | None = None  # why `abort` cancelled the task
@@ -186,18 +198,27 @@ class Call:
     def enter(self, stage: str) -> None:
         """Close the running stage's clock and start `stage`'s."""
         now = time.perf_counter()
-        self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self.mark
+        seconds = self.stage_seconds
+        running = self.stage
+        if running in seconds:
+            seconds[running] += now - self.mark
+        else:
+            seconds[running] = now - self.mark
         self.stage = stage
         self.mark = now
 
     def server_timing(self) -> bytes:
         """Where the time went so far, in milliseconds: the event loop's lateness, the stages, the whole."""
         now = time.perf_counter()
-        seconds = dict(self.stage_seconds)
+        seconds = self.stage_seconds.copy()
         seconds[self.stage] = seconds.get(self.stage, 0.0) + now - self.mark
-        parts = [f"{stage};dur={value * 1000:.2f}" for stage, value in seconds.items()]
-        whole = f"total;dur={(now - self.started) * 1000:.2f}"
-        return f"loop;dur={self.loop_lag * 1000:.2f}, {', '.join(parts)}, {whole}".encode()
+        kinds = tuple(seconds)
+        form = _timings.get(kinds)
+        if form is None:
+            stages = b"".join(b"%b;dur=%%.2f, " % stage.encode() for stage in kinds)
+            form = _timings[kinds] = b"loop;dur=%.2f, " + stages + b"total;dur=%.2f"
+        parts = [value * 1e3 for value in seconds.values()]
+        return form % (self.loop_lag * 1e3, *parts, (now - self.started) * 1e3)
 
     @property
     def computed_tokens(self) -> int:

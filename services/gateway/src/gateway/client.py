@@ -12,39 +12,34 @@ Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 RawHeaders = list[tuple[bytes, bytes]]
+_LARGE_BYTES = 2_097_152  # joining more than this takes a millisecond
 
 
-class Headers:
+class Headers(dict[bytes, bytes]):
     """Request headers: lower-case names; of a header that stands twice the first counts."""
 
-    __slots__ = ("_values",)
+    __slots__ = ()
 
     def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
-        self._values: dict[bytes, bytes] = {}
-        for name, value in raw:
-            self._values.setdefault(name, value)
-
-    def get(self, name: bytes) -> bytes | None:
-        """The value, or None."""
-        return self._values.get(name)
+        super().__init__(reversed([*raw]))
 
     def text(self, name: bytes) -> str:
         """The value as text, empty if missing."""
-        return self._values.get(name, b"").decode("latin-1")
+        return self.get(name, b"").decode("latin-1")
 
 
 class Client:
     """One request and its answer. Sending is a matter of one task at a time; `started` says whether a head is out."""
 
-    __slots__ = ("_receive", "_register", "_send", "_watcher", "gone", "headers", "started")
+    __slots__ = ("_exchange", "_receive", "_send", "_unsent", "_watcher", "gone", "headers", "started")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
         self._watcher: asyncio.Task[None] | None = None
-        self._register: Callable[[Callable[[], None] | None], None] | None = (scope.get("extensions") or {}).get(
-            "gateway.disconnect"
-        )
+        self._unsent: list[bytes] = []
+        # Our own connection protocol's side of the request, which does without messages and waiting where it can.
+        self._exchange: Any = (scope.get("extensions") or {}).get("gateway.exchange")
         self.headers = Headers(scope["headers"])
         self.started = False
         self.gone = False
@@ -52,7 +47,7 @@ class Client:
     @property
     def guarded(self) -> bool:
         """Whether the server itself ends bodies that do not arrive in time, as our connection protocol does."""
-        return self._register is not None
+        return self._exchange is not None
 
     async def body(self, limit: int) -> bytes:
         """The whole body. Raises `RequestTooLarge` above `limit` bytes and `ClientGone` when it breaks off."""
@@ -63,6 +58,8 @@ class Client:
                 raise InvalidRequest("Content-Length is not a number.")
             if int(length) > limit:
                 raise RequestTooLarge(too_large)
+        if self._exchange is not None and (whole := self._exchange.whole_body()) is not None and len(whole) <= limit:
+            return whole  # type: ignore[no-any-return]
         parts: list[bytes] = []
         size = 0
         while True:
@@ -76,6 +73,8 @@ class Client:
                 raise RequestTooLarge(too_large)
             parts.append(part)
             if not message.get("more_body", False):
+                if size > _LARGE_BYTES:
+                    return await asyncio.to_thread(b"".join, parts)  # for so much it gives Python's lock back
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def watch(self, on_gone: Callable[[], None]) -> None:
@@ -83,8 +82,8 @@ class Client:
 
         Our own connection protocol offers a registration; elsewhere one task waits for the disconnect.
         """
-        if self._register is not None:
-            self._register(on_gone)
+        if self._exchange is not None:
+            self._exchange.on_disconnect(on_gone)
         else:
             self._watcher = asyncio.create_task(self._watch(on_gone))
 
@@ -94,10 +93,15 @@ class Client:
         self.gone = True
         on_gone()
 
+    def close_after(self) -> None:
+        """End the connection after this answer, where the server can."""
+        if self._exchange is not None:
+            self._exchange.close_after()
+
     def unwatch(self) -> None:
         """Stop watching; idempotent."""
-        if self._register is not None:
-            self._register(None)
+        if self._exchange is not None:
+            self._exchange.on_disconnect(None)
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
@@ -107,10 +111,37 @@ class Client:
         self.started = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
+    async def respond(self, status: int, headers: RawHeaders, body: bytes) -> None:
+        """Send a whole answer; its length is added to `headers`."""
+        headers.append((b"content-length", b"%d" % len(body)))
+        self.started = True
+        if self._exchange is not None:
+            self._exchange.respond(status, headers, body)
+        else:
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def push(self, data: bytes) -> bool:
+        """Send a part of the body without waiting. False: do not send more before `drained`."""
+        if self._exchange is not None:
+            return self._exchange.push(data)  # type: ignore[no-any-return]
+        self._unsent.append(data)
+        return False
+
+    async def drained(self) -> None:
+        """Wait until the client has read most of what was pushed, or has gone."""
+        if self._exchange is not None:
+            await self._exchange.drained()
+        while self._unsent:
+            await self._send({"type": "http.response.body", "body": self._unsent.pop(0), "more_body": True})
+
     async def write(self, data: bytes) -> None:
         """Send a part of the body; waits while the client reads slower than we write."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if not self.push(data):
+            await self.drained()
 
     async def end(self, data: bytes = b"") -> None:
         """Send the last part of the body."""
+        if self._unsent:
+            await self.drained()
         await self._send({"type": "http.response.body", "body": data, "more_body": False})

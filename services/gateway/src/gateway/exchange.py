@@ -26,7 +26,7 @@ BODY_BUFFER_BYTES = 65_536  # request body waiting for the application; above, t
 
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_names: dict[bytes, bytes] = {}  # response header names that were found well-formed -> lower case; bounded below
+_names: dict[bytes, bytes] = {}  # well-formed response header names -> how a line with them begins; bounded below
 _date: tuple[int, bytes] = (0, b"")
 
 
@@ -53,9 +53,10 @@ def date_line() -> bytes:
 def _well_formed(name: bytes) -> bytes:
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"malformed response header name {name!r}")
+    start = b"" if name.lower() in _FRAMING else b"%b: " % name
     if len(_names) < 1024:
-        _names[bytes(name)] = bytes(name.lower())
-    return name.lower()
+        _names[bytes(name)] = start
+    return start
 
 
 class Exchange:
@@ -132,8 +133,8 @@ class Exchange:
     def on_disconnect(self, callback: Callable[[], None] | None) -> None:
         """Call `callback` once when the client goes away before its answer is complete; None takes it back.
 
-        This is `scope["extensions"]["gateway.disconnect"]`. It replaces a task that waits in `receive`. If the client
-        has gone already, the callback runs at the loop's next turn.
+        It replaces a task that waits in `receive`. If the client has gone already, the callback runs at the loop's
+        next turn.
         """
         if callback is not None and self.gone:
             asyncio.get_running_loop().call_soon(callback)
@@ -141,8 +142,21 @@ class Exchange:
             self._callback = callback
 
     def close_after(self) -> None:
-        """End the connection after this response. This is `scope["extensions"]["gateway.close"]`."""
+        """End the connection after this response."""
         self.must_close = True
+
+    def whole_body(self) -> bytes | None:
+        """The body if all of it is here and nobody has taken any; as `receive`, it can be taken once."""
+        if self.body_left or self.gone or self.answered or self._size < 0 or self._size != self.body_read:
+            return None
+        body = self._taken()
+        self._size = -1
+        return body
+
+    def _taken(self) -> bytes:
+        pieces = self._pieces
+        self._pieces = []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def receive(self) -> dict[str, Any]:
         """ASGI's receive: what has come of the body, then `http.disconnect` when nobody reads the answer."""
@@ -150,9 +164,7 @@ class Exchange:
             if self.gone or self.answered:
                 return {"type": "http.disconnect"}
             if self._pieces or (self.body_left == 0 and self._size >= 0):
-                pieces = self._pieces
-                body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-                self._pieces = []
+                body = self._taken()
                 more = self.body_left != 0
                 self._size = 0 if more else -1  # -1: the application has had the last of it
                 if more:
@@ -180,27 +192,50 @@ class Exchange:
             return
         kind = message["type"]
         if kind == "http.response.body":
-            data = message.get("body", b"")
             more = message.get("more_body", False)
-            if self.answered or not self._status:
-                raise RuntimeError("http.response.body without a running response")
-            out = self._framed(bytes(data), more)
-            if out:
-                self.started = True
-                self._connection.write(out)
-            if not more and self._left:
-                raise RuntimeError("the response's body is shorter than its content-length")
-            if not more:
-                self.answered = True
-                self.wake()
-            elif self._connection.stalled:
+            if not self._write(bytes(message.get("body", b"")), more) and more:
                 await self._connection.drained()
         elif kind == "http.response.start":
-            if self._status:
-                raise RuntimeError("http.response.start twice")
-            self._head = self._rendered(int(message["status"]), message.get("headers", ()))
+            self._begin(int(message["status"]), message.get("headers", ()))
         else:
             raise RuntimeError(f"unknown message {kind!r}")
+
+    # The same without messages and waiting. `scope["extensions"]["gateway.exchange"]` is this object.
+
+    def respond(self, status: int, headers: Any, body: bytes) -> None:
+        """Send a whole response."""
+        if not self.gone:
+            self._begin(status, headers)
+            self._write(body, False)
+
+    def push(self, data: bytes) -> bool:
+        """Send a part of the body. False while the client reads more slowly: wait for `drained` before the next."""
+        return self.gone or self._write(data, True)
+
+    async def drained(self) -> None:
+        """Return when the client has read most of what was written, or has gone."""
+        if not self.gone and self._connection.stalled:
+            await self._connection.drained()
+
+    def _begin(self, status: int, headers: Any) -> None:
+        if self._status:
+            raise RuntimeError("http.response.start twice")
+        self._head = self._rendered(status, headers)
+
+    def _write(self, data: bytes, more: bool) -> bool:
+        """Write a part of the body, or its end; whether the client keeps up."""
+        if self.answered or not self._status:
+            raise RuntimeError("http.response.body without a running response")
+        out = self._framed(data, more)
+        if out:
+            self.started = True
+            self._connection.write(out)
+        if not more:
+            if self._left:
+                raise RuntimeError("the response's body is shorter than its content-length")
+            self.answered = True
+            self.wake()
+        return not self._connection.stalled
 
     def _framed(self, data: bytes, more: bool) -> bytes:
         """`data` as it stands on the wire, with the head before it if that is still here."""
@@ -225,18 +260,24 @@ class Exchange:
             raise ValueError(f"{status} is no final status")
         length: int | None = None
         parts = [status_line(status), date_line()]
+        lines = 2
         for name, value in headers:
-            lower = _names.get(name) or _well_formed(name)
-            if lower in _FRAMING:
-                if lower == b"content-length":
-                    if length is not None or not value.isdigit():
-                        raise ValueError("content-length must be one number")
-                    length = int(value)
-                    parts.append(b"content-length: %b\r\n" % value)
-                elif lower == b"connection" and b"close" in value.lower():
-                    self.must_close = True
+            start = _names.get(name)
+            if start is None:
+                start = _well_formed(name)
+            if start:
+                parts += (start, value, b"\r\n")
+                lines += 1
                 continue
-            parts.append(b"%b: %b\r\n" % (name, value))
+            field = name.lower()  # framing is ours to say
+            if field == b"content-length":
+                if length is not None or not value.isdigit():
+                    raise ValueError("content-length must be one number")
+                length = int(value)
+                parts.append(b"content-length: %b\r\n" % value)
+                lines += 1
+            elif field == b"connection" and b"close" in value.lower():
+                self.must_close = True
         if not self._connection.can_go_on(self):
             self.must_close = True
         if self.method != "HEAD" and status not in (204, 304):
@@ -245,14 +286,16 @@ class Exchange:
             elif self.version == "1.1":
                 self._chunked = True
                 parts.append(b"transfer-encoding: chunked\r\n")
+                lines += 1
             else:
                 self.must_close = True  # HTTP/1.0 without a length: the end of the connection is the end of the body
         if self.must_close:
             parts.append(b"connection: close\r\n")
+            lines += 1
         elif self.version == "1.0":
             parts.append(b"connection: keep-alive\r\n")
+            lines += 1
         head = b"".join(parts)
-        lines = len(parts)
         if head.count(b"\n") != lines or head.count(b"\r") != lines or b"\0" in head:
             raise ValueError("a response header holds a line break or NUL")
         self._status = status

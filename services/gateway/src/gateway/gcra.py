@@ -8,7 +8,6 @@ deep (debt, which is paid by waiting). Times are seconds of any monotonic clock.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 MINUTE = 60.0
@@ -38,7 +37,7 @@ class Rate:
 
     def take(self, tat: float, now: float, cost: int = 1) -> float:
         """The new `tat` after using `cost` units, whether they are there or not."""
-        return max(tat, now) + cost * self.interval
+        return (tat if tat > now else now) + cost * self.interval
 
     def give_back(self, tat: float, cost: int) -> float:
         """The new `tat` after returning `cost` units that `take` used; a bucket is never more than full."""
@@ -46,8 +45,8 @@ class Rate:
 
     def remaining(self, tat: float, now: float) -> int:
         """Whole units available now; 0 while in debt."""
-        left = (self.period - (max(tat, now) - now)) / self.interval
-        return max(0, math.floor(left + 1e-6))
+        left = int((self.period - (tat - now if tat > now else 0.0)) / self.interval + 1e-6)
+        return left if left > 0 else 0
 
     def reset(self, tat: float, now: float) -> float:
         """Seconds until the bucket is full."""
@@ -58,3 +57,26 @@ class Rate:
 def per_minute(limit: int) -> Rate:
     """The rate of `limit` units a minute; the same object for the same limit."""
     return Rate(limit)
+
+
+class Addresses:
+    """One bucket of `limit` requests a minute for each address; as many are remembered as memory allows."""
+
+    MOST = 65_536
+
+    def __init__(self, limit: int) -> None:
+        self.rate = per_minute(limit)
+        self._tats: dict[str, float] = {}
+
+    def wait(self, address: str, now: float) -> float:
+        """Seconds until this address may make a request."""
+        return self.rate.wait(self._tats.get(address, 0.0), now)
+
+    def take(self, address: str, now: float) -> None:
+        """It makes one."""
+        tats = self._tats
+        if len(tats) >= self.MOST and address not in tats:
+            tats = self._tats = {known: tat for known, tat in tats.items() if tat > now}
+            while len(tats) >= self.MOST:
+                tats.pop(next(iter(tats)))  # the one that was first seen longest ago
+        tats[address] = self.rate.take(tats.get(address, 0.0), now)

@@ -18,12 +18,13 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 class LineWriter:
-    """Writes JSON objects, one a line, to a file descriptor."""
+    """Writes JSON objects, one a line, to a file descriptor. `write` and `write_line` are the event loop's."""
 
     def __init__(self, descriptor: int = 1) -> None:
         self._descriptor = descriptor
         self._lines: deque[bytes] = deque()
         self._wake = threading.Event()
+        self._awake = False  # as the event, without asking it
         self._stop = False
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="log-lines", daemon=True)
@@ -31,11 +32,16 @@ class LineWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Queue one line; never waits."""
+        self.write_line(_encode(record) + b"\n")
+
+    def write_line(self, line: bytes) -> None:
+        """Queue one line that is JSON already and has its line feed; never waits."""
         if len(self._lines) >= MAX_LINES:
             self.dropped += 1
             return
-        self._lines.append(_encode(record) + b"\n")
-        if not self._wake.is_set():
+        self._lines.append(line)
+        if not self._awake:
+            self._awake = True
             self._wake.set()
 
     def _run(self) -> None:
@@ -44,6 +50,7 @@ class LineWriter:
             if not self._stop:
                 time.sleep(BATCH_SECONDS)
             self._wake.clear()
+            self._awake = False  # before the lines are taken: what comes from now on wakes again
             stop = self._stop
             self._drain()
             if stop:

@@ -23,6 +23,7 @@ from gateway.errors import (
     QueueFull,
     ShuttingDown,
 )
+from gateway.large_body import LargeBodies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,7 @@ class Pipeline:
         settings: Settings,
         *,
         registry: Any,
+        prompt_counter: Any,
         auth: Any,
         budget: Any,
         capacity: Any,
@@ -51,6 +53,7 @@ class Pipeline:
     ) -> None:
         self._settings = settings
         self._registry = registry
+        self._prompt_counter = prompt_counter
         self._auth = auth
         self._budget = budget
         self._capacity = capacity
@@ -67,6 +70,7 @@ class Pipeline:
             remote_media=settings.remote_media,
         )
         self._body_bytes = 0
+        self._large = LargeBodies()
         self.calls: dict[str, Call] = {}
         self.draining = False
 
@@ -88,9 +92,12 @@ class Pipeline:
             reserved = self._reserve(client)
             request = await self._read(call, client)
             self._auth.allow(call)
-            self._registry.pool(request.model)  # refuse a model that nobody serves before anything is taken
+            # Refuses a model that nobody serves before anything is taken.
+            request.prompt_bound += self._registry.template_tokens(request.model)
             client.watch(lambda: call.abort(ClientGone("The client closed the connection.")))
             call.enter("budget")
+            if self._budget.scarce(call) and (exact := await self._prompt_counter.count(call)) is not None:
+                request.prompt_bound = exact
             await self._hold(call)
             call.enter("capacity")
             await self._capacity.enter(call)
@@ -141,9 +148,13 @@ class Pipeline:
             except TimeoutError:
                 raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
         if call.endpoint.multipart:
-            request = multipart.parse(call.endpoint, raw, client.headers.text(b"content-type"), self._caps)
+            content_type = client.headers.text(b"content-type")
+            if len(raw) > wire.LARGE_BYTES:
+                request = await asyncio.to_thread(multipart.parse, call.endpoint, raw, content_type, self._caps)
+            else:
+                request = multipart.parse(call.endpoint, raw, content_type, self._caps)
         elif len(raw) > wire.LARGE_BYTES:
-            request = await asyncio.to_thread(wire.parse, call.endpoint, raw, self._caps)
+            request = await self._large.parse(call.endpoint, raw, self._caps)
         else:
             request = wire.parse(call.endpoint, raw, self._caps)
         wanted = client.headers.text(b"x-priority")
@@ -174,8 +185,7 @@ class Pipeline:
             await client.start(error.status, self._error_head(call, error, body))
             await client.end(body)
             return
-        if (close := (scope.get("extensions") or {}).get("gateway.close")) is not None:
-            close()
+        client.close_after()
         if call.answer is None:
             return  # a JSON body that cannot be completed: the connection breaks, and that is the truth
         with contextlib.suppress(LedgerUnavailable):  # the stream has failed already; `close` keeps trying

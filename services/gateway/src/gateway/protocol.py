@@ -19,61 +19,20 @@ Deadlines are one number a connection, looked at by one sweep a second for all: 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from loguru import logger
 
+from gateway.bounds import Bounds, refusal
 from gateway.chunked import Chunked
-from gateway.exchange import Application, Exchange, date_line, status_line
+from gateway.exchange import Application, Exchange
 from gateway.head import HEAD_BYTES, MALFORMED, Head, Refused, parse_head
 
 DISCARD_BYTES = 262_144  # an unread body up to this is read and dropped to keep the connection
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NEVER = float("inf")
 _ASGI = {"version": "3.0", "spec_version": "2.1"}
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a client may take: seconds, bytes and connections."""
-
-    head_seconds: float = 15.0
-    idle_seconds: float = 75.0
-    body_stall_seconds: float = 30.0
-    body_seconds: float = 300.0
-    write_stall_seconds: float = 120.0
-    linger_seconds: float = 5.0
-    body_bytes: int = 22_020_096
-    connections: int = 16_384
-    sweep_seconds: float = 1.0
-
-
-def refusal(status: int, message: str) -> bytes:
-    """A whole response of the server itself, in the API's error shape; the connection ends with it."""
-    if status == 413:
-        code, kind = "request_too_large", "invalid_request_error"
-    elif status < 500 or status in (501, 505):
-        code, kind = "invalid_request", "invalid_request_error"
-    elif status == 503:
-        code, kind = "shutting_down", "server_error"
-    else:
-        code, kind = "internal_error", "server_error"
-    body = msgspec.json.encode({"error": {"message": message, "type": kind, "code": code, "param": None}})
-    return b"".join(
-        (
-            status_line(status),
-            date_line(),
-            b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body),
-            b"x-request-id: %b\r\n" % os.urandom(16).hex().encode("ascii"),
-            b"retry-after: 1\r\n" if status == 503 else b"",
-            b"connection: close\r\n\r\n",
-            body,
-        )
-    )
 
 
 class Connections:
@@ -256,7 +215,7 @@ class Connection(asyncio.Protocol):
             "client": self._peer,
             "server": self._server,
             "state": {},
-            "extensions": {"gateway.disconnect": exchange.on_disconnect, "gateway.close": exchange.close_after},
+            "extensions": {"gateway.exchange": exchange},
         }
         if head.length:
             if head.length < 0:

@@ -20,8 +20,9 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from loguru import logger
 
+from gateway.bounds import Bounds
 from gateway.exchange import Application
-from gateway.protocol import Bounds, Connection, Connections
+from gateway.protocol import Connection, Connections
 from gateway.settings import Settings
 
 HYPERCORN_VERSION = "0.18.0"  # measured and differentially tested; another may pick its connection class elsewhere

@@ -11,8 +11,10 @@ import logging
 import re
 import time
 import traceback
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from loguru import logger
 
 from gateway import traces
@@ -36,6 +38,16 @@ def masked(text: str) -> str:
     return _SECRET.sub(lambda found: found[1] + "********", text)
 
 
+class _Forwarded(logging.Handler):
+    """Libraries' own lines: constant event, their text as data."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = masked(record.getMessage())
+        logger.opt(exception=record.exc_info).bind(logger=record.name, text=text).log(
+            record.levelname if record.levelname in _LEVELS else "INFO", "library_log"
+        )
+
+
 def configure_logs(level: str, writer: LineWriter) -> None:
     """Send loguru, and the standard library's loggers through it, to `writer` as JSON lines."""
 
@@ -55,24 +67,29 @@ def configure_logs(level: str, writer: LineWriter) -> None:
     logger.remove()
     logger.add(sink, level=level, backtrace=False, diagnose=False, catch=True)
 
-    class Forwarded(logging.Handler):
-        """Libraries' own lines: constant event, their text as data."""
+    logging.basicConfig(handlers=[_Forwarded()], level=logging.WARNING, force=True)
 
-        def emit(self, record: logging.LogRecord) -> None:
-            text = masked(record.getMessage())
-            logger.opt(exception=record.exc_info).bind(logger=record.name, text=text).log(
-                record.levelname if record.levelname in _LEVELS else "INFO", "library_log"
-            )
 
-    logging.basicConfig(handlers=[Forwarded()], level=logging.WARNING, force=True)
+_LINE = (
+    '{"time":"%s.%06d+00:00","level":"%s","event":"call_closed","request_id":"%s","trace_id":"%s","key_id":%s,%s,'
+    '"outcome":"%s","status":%d,"code":%s,"detail":%s,"stream":%s,"prompt_tokens":%d,"completion_tokens":%d,'
+    '"cached_tokens":%d,"duration_seconds":%.6f,"first_token_seconds":%s,"stages":{%s},"backend":%s}\n'
+)
+_stages: dict[tuple[str, ...], str] = {}  # how the stages of a call are written, by which there were
+
+
+def _quoted(text: str | None) -> str:
+    """A JSON string, or null."""
+    return "null" if text is None else msgspec.json.encode(text).decode()
 
 
 class _Children:
     """Metric children of one (endpoint, model), looked up once."""
 
-    __slots__ = ("completion", "duration", "first_token", "inter_token", "outcomes", "prompt")
+    __slots__ = ("completion", "duration", "first_token", "inter_token", "names", "outcomes", "prompt")
 
     def __init__(self, metrics: Metrics, endpoint: str, model: str) -> None:
+        self.names = f'"endpoint":"{endpoint}","model":{_quoted(model)}'
         self.outcomes = {outcome: metrics.requests.labels(endpoint, model, outcome) for outcome in Outcome}
         self.duration = metrics.duration.labels(endpoint, model)
         self.first_token = metrics.first_token.labels(endpoint, model)
@@ -101,7 +118,7 @@ class Telemetry:
     def begin(self, call: Call, headers: Headers) -> None:
         """Place the call in its trace."""
         call.loop_lag = self._lag
-        call.trace = traces.begin(headers.text(b"traceparent"), call.request_id, self._ratio)
+        call.trace = traces.begin(headers.get(b"traceparent"), call.request_id, self._ratio)
 
     def model_label(self, call: Call) -> str:
         """The model as a label: a configured name, or `other`; empty while it is not known."""
@@ -113,63 +130,42 @@ class Telemetry:
         """Count, log and trace a finished call."""
         duration = time.perf_counter() - call.started
         model = self.model_label(call)
-        self._count(call, model, duration)
+        key = (call.endpoint.name, model)
+        children = self._children.get(key)
+        if children is None:
+            children = self._children[key] = _Children(self._metrics, *key)
+        self._count(call, children, duration)
         if self._level <= 20 or call.outcome is Outcome.FAILED:
-            self._writer.write(self._line(call, model, duration))
+            self._writer.write_line(_line(call, children.names, duration))
         if self._tracer is not None:
             self._tracer.end(call, duration, model)
         if self.on_end is not None:
             self.on_end(call)
 
-    def _count(self, call: Call, model: str, duration: float) -> None:
-        key = (call.endpoint.name, model)
-        children = self._children.get(key)
-        if children is None:
-            children = self._children[key] = _Children(self._metrics, *key)
+    def _count(self, call: Call, children: _Children, duration: float) -> None:
         outcome = call.outcome or Outcome.FAILED
-        children.outcomes[outcome].inc()
+        children.outcomes[outcome].value += 1
         exemplar = call.trace.trace_id if self._tracer is not None else None
         children.duration.observe(duration, exemplar)
+        usage = call.usage
         if call.first_token_at is not None and call.request is not None and call.request.stream:
             first = call.first_token_at - call.started
             children.first_token.observe(first, exemplar)
-            if call.usage.completion > 1:
-                children.inter_token.observe((duration - first) / (call.usage.completion - 1))
-        if call.usage.known:
-            children.prompt.inc(call.usage.prompt)
-            children.completion.inc(call.usage.completion)
+            if usage.completion > 1:
+                children.inter_token.observe((duration - first) / (usage.completion - 1))
+        if usage.known:
+            children.prompt.value += usage.prompt
+            children.completion.value += usage.completion
         stages = self._metrics.stage_children
-        for stage, seconds in call.stage_seconds.items():
-            stages[stage].observe(seconds)
-        if "capacity" in call.stage_seconds:
-            self._metrics.queue_seconds.observe(call.stage_seconds["capacity"])
+        for stage, seconds in call.stage_seconds.items():  # `observe`, without the call
+            child = stages[stage]
+            child.counts[bisect_left(child.bounds, seconds)] += 1
+            child.total += seconds
+        waited = call.stage_seconds.get("capacity")
+        if waited is not None:
+            self._metrics.queue_seconds.observe(waited)
         if outcome is Outcome.REFUSED and call.error is not None:
             self._metrics.refusals.labels(call.error.code).inc()
-
-    def _line(self, call: Call, model: str, duration: float) -> dict[str, Any]:
-        first = call.first_token_at - call.started if call.first_token_at is not None else None
-        return {
-            "time": _timestamp(call.started_at + duration),
-            "level": "error" if call.outcome is Outcome.FAILED else "info",
-            "event": "call_closed",
-            "request_id": call.request_id,
-            "trace_id": call.trace.trace_id,
-            "key_id": call.caller.key_id if call.caller else None,
-            "endpoint": call.endpoint.name,
-            "model": model,
-            "outcome": str(call.outcome),
-            "status": call.status,
-            "code": call.error.code if call.error else None,
-            "detail": _detail(call),
-            "stream": call.request.stream if call.request else False,
-            "prompt_tokens": call.usage.prompt,
-            "completion_tokens": call.usage.completion,
-            "cached_tokens": call.usage.cached,
-            "duration_seconds": round(duration, 6),
-            "first_token_seconds": round(first, 6) if first is not None else None,
-            "stages": {stage: round(seconds, 6) for stage, seconds in call.stage_seconds.items()},
-            "backend": call.backend.name if call.backend is not None else None,
-        }
 
     def fault(self, call: Call, error: BaseException) -> None:
         """Log a fault of ours, once, with its traceback."""
@@ -200,6 +196,48 @@ class Telemetry:
             self._tracer.close()
 
 
+def _line(call: Call, names: str, duration: float) -> bytes:
+    """`call_closed`. What is not quoted here has no characters to quote: ids, codes, outcomes and numbers."""
+    global _second
+    ended = call.started_at + duration
+    whole = int(ended)
+    if _second[0] != whole:  # a busy second has thousands of lines
+        _second = (whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)))
+    seconds = call.stage_seconds
+    kinds = tuple(seconds)
+    stages = _stages.get(kinds)
+    if stages is None:
+        stages = _stages[kinds] = ",".join([f'"{stage}":%.6f' for stage in kinds])
+    usage, error, request, caller = call.usage, call.error, call.request, call.caller
+    return (
+        _LINE
+        % (
+            _second[1],
+            (ended - whole) * 1e6,
+            "error" if call.outcome is Outcome.FAILED else "info",
+            call.request_id,
+            call.trace.trace_id,
+            "null" if caller is None else _quoted(caller.key_id),
+            names,
+            call.outcome,
+            call.status,
+            "null" if error is None else f'"{error.code}"',
+            "null" if error is None else _quoted(_detail(call)),
+            "true" if request is not None and request.stream else "false",
+            usage.prompt,
+            usage.completion,
+            usage.cached,
+            duration,
+            "null" if call.first_token_at is None else f"{call.first_token_at - call.started:.6f}",
+            stages % tuple(seconds.values()),
+            "null" if call.backend is None else _quoted(call.backend.name),
+        )
+    ).encode()
+
+
+_second: tuple[int, str] = (0, "")
+
+
 def _detail(call: Call) -> str | None:
     """Why a call failed, for an operator: our own words and the kind of the library's error, never its text."""
     if call.outcome is not Outcome.FAILED or call.error is None:
@@ -210,14 +248,3 @@ def _detail(call: Call) -> str | None:
 
 def _advance(counter: Any, total: float) -> None:
     counter.inc(max(0.0, total - counter._value.get()))  # prometheus_client offers no absolute value for counters
-
-
-_second: tuple[int, str] = (0, "")
-
-
-def _timestamp(seconds: float) -> str:
-    global _second
-    whole = int(seconds)
-    if _second[0] != whole:  # a busy second has thousands of lines
-        _second = (whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)))
-    return f"{_second[1]}.{int(seconds % 1 * 1e6):06d}+00:00"

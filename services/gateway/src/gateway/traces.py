@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -21,12 +22,15 @@ from gateway.call import STAGES, Outcome
 from gateway.identifiers import fresh
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from gateway.call import Call
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
+_NO_TRACE = "0" * 32
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_UNSET = Status()
 
 OPERATIONS = {
     "chat_completions": "chat",
@@ -69,26 +73,85 @@ class Trace:
         return f"00-{self.trace_id}-{self.forward_id}-{'01' if self.sampled else '00'}"
 
 
-def begin(traceparent: str, request_id: str, ratio: float) -> Trace:
+def begin(traceparent: bytes | None, request_id: str, ratio: float) -> Trace:
     """Continue the caller's trace, or start one: its id is the request id where that has the form (nginx's has)."""
-    if (found := _TRACEPARENT.fullmatch(traceparent)) and found[1] != "0" * 32 and found[2] != "0" * 16:
-        sampled = bool(int(found[3], 16) & 1) or random.random() < ratio  # noqa: S311  # sampling is no secret
-        return Trace(found[1], found[2], sampled)
-    trace_id = request_id if _TRACE_ID.fullmatch(request_id) and request_id != "0" * 32 else fresh()
-    return Trace(trace_id, None, random.random() < ratio)  # noqa: S311
+    sampled = random.random() < ratio  # noqa: S311  # sampling is no secret
+    if traceparent is not None:
+        found = _TRACEPARENT.fullmatch(traceparent.decode("latin-1"))
+        if found is not None and found[1] != "0" * 32 and found[2] != "0" * 16:
+            return Trace(found[1], found[2], bool(int(found[3], 16) & 1) or sampled)
+    usable = _TRACE_ID.fullmatch(request_id) is not None and request_id != _NO_TRACE
+    return Trace(request_id if usable else fresh(), None, sampled)
 
 
-class _Counting(SpanExporter):
-    """Counts what the collector did not take."""
+class _Ended:
+    """A finished call on its way to the exporter's thread, which makes the spans of it."""
 
-    def __init__(self, inner: SpanExporter) -> None:
+    __slots__ = ("attributes", "context", "duration", "forward_id", "name", "parent", "stages", "start", "status")
+
+    def __init__(self, call: Call, duration: float, model: str, failed: bool) -> None:
+        trace: Trace = call.trace
+        trace_id = int(trace.trace_id, 16)
+        self.context = SpanContext(trace_id, int(trace.span_id, 16), is_remote=False, trace_flags=_SAMPLED)
+        self.parent: SpanContext | None = None
+        if trace.parent_id is not None:
+            self.parent = SpanContext(trace_id, int(trace.parent_id, 16), is_remote=True, trace_flags=_SAMPLED)
+        self.forward_id = trace.forward_id
+        self.start = int(call.started_at * 1e9)
+        self.duration = int(duration * 1e9)
+        self.status = Status(StatusCode.ERROR, call.error.code if call.error else None) if failed else _UNSET
+        self.name = f"{OPERATIONS.get(call.endpoint.name, call.endpoint.name)} {model}".rstrip()
+        self.attributes = _attributes(call, model)
+        self.stages = call.stage_seconds
+
+    def spans(self, resource: Resource) -> Iterator[ReadableSpan]:
+        """The call's span and one for each stage."""
+        yield ReadableSpan(
+            name=self.name, context=self.context, parent=self.parent, resource=resource, attributes=self.attributes,
+            kind=SpanKind.SERVER, status=self.status, start_time=self.start, end_time=self.start + self.duration,
+        )  # fmt: skip
+        at = self.start
+        # The ids of stages lead nowhere but here, save the one that the engine got as its parent's.
+        number = self.context.span_id
+        for index, stage in enumerate(STAGES):
+            seconds = self.stages.get(stage)
+            if seconds is None:
+                continue
+            span_id = int(self.forward_id, 16) if stage == "forward" else number ^ (index + 1)
+            context = SpanContext(self.context.trace_id, span_id, is_remote=False, trace_flags=_SAMPLED)
+            end = at + int(seconds * 1e9)
+            yield ReadableSpan(
+                name=stage, context=context, parent=self.context, resource=resource, attributes={},
+                kind=SpanKind.CLIENT if stage == "forward" else SpanKind.INTERNAL, status=_UNSET, start_time=at,
+                end_time=end,
+            )  # fmt: skip
+            at = end
+
+
+class _Service(Resource):
+    """A resource that is hashed once: the SDK's hash is a JSON text, made again for every span."""
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__(resource.attributes, resource.schema_url)
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class _Exporter(SpanExporter):
+    """Makes the spans, sends them, and counts the calls that the collector did not take."""
+
+    def __init__(self, inner: SpanExporter, resource: Resource) -> None:
         self._inner = inner
+        self._resource = resource
         self.dropped = 0
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._inner.export(spans)
+    def export(self, spans: Sequence[Any]) -> SpanExportResult:
+        made = list(chain.from_iterable(ended.spans(self._resource) for ended in spans))
+        result = self._inner.export(made)
         if result is not SpanExportResult.SUCCESS:
-            self.dropped += len(spans)
+            self.dropped += len(made)
         return result
 
     def shutdown(self) -> None:
@@ -100,10 +163,10 @@ class Tracer:
 
     def __init__(self, endpoint: str, slow_seconds: float, version: str) -> None:
         self._slow_seconds = slow_seconds
-        self._resource = Resource.create({"service.name": "gateway", "service.version": version})
-        self._exporter = _Counting(OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces", timeout=5))
+        resource = Resource.create({"service.name": "gateway", "service.version": version})
+        self._exporter = _Exporter(OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces", timeout=5), _Service(resource))
         self._processor = BatchSpanProcessor(
-            self._exporter, max_queue_size=8192, max_export_batch_size=512, export_timeout_millis=5000
+            self._exporter, max_queue_size=2048, max_export_batch_size=128, export_timeout_millis=5000
         )
 
     @property
@@ -113,51 +176,9 @@ class Tracer:
 
     def end(self, call: Call, duration: float, model: str) -> None:
         """Make and queue the spans of a finished call, if it is kept."""
-        trace: Trace = call.trace
-        failed = call.outcome in (Outcome.FAILED, Outcome.INTERRUPTED)
-        if not (trace.sampled or failed or duration >= self._slow_seconds):
-            return
-        trace_id = int(trace.trace_id, 16)
-        flags = TraceFlags(TraceFlags.SAMPLED)
-        root = SpanContext(trace_id, int(trace.span_id, 16), is_remote=False, trace_flags=flags)
-        parent = None
-        if trace.parent_id is not None:
-            parent = SpanContext(trace_id, int(trace.parent_id, 16), is_remote=True, trace_flags=flags)
-        start = int(call.started_at * 1e9)
-        status = Status(StatusCode.ERROR, call.error.code if call.error else None) if failed else Status()
-        name = f"{OPERATIONS.get(call.endpoint.name, call.endpoint.name)} {model}".rstrip()
-        self._send(
-            name, root, parent, SpanKind.SERVER, _attributes(call, model), status, start, start + int(duration * 1e9)
-        )
-        at = start
-        for stage in STAGES:
-            seconds = call.stage_seconds.get(stage)
-            if seconds is None:
-                continue
-            span_id = int(trace.forward_id if stage == "forward" else fresh(16), 16)
-            context = SpanContext(trace_id, span_id, is_remote=False, trace_flags=flags)
-            kind = SpanKind.CLIENT if stage == "forward" else SpanKind.INTERNAL
-            end = at + int(seconds * 1e9)
-            self._send(stage, context, root, kind, {}, Status(), at, end)
-            at = end
-
-    def _send(
-        self,
-        name: str,
-        context: SpanContext,
-        parent: SpanContext | None,
-        kind: SpanKind,
-        attributes: dict[str, Any],
-        status: Status,
-        start: int,
-        end: int,
-    ) -> None:
-        self._processor.on_end(
-            ReadableSpan(
-                name=name, context=context, parent=parent, resource=self._resource, attributes=attributes,
-                kind=kind, status=status, start_time=start, end_time=end,
-            )
-        )  # fmt: skip
+        failed = call.outcome is Outcome.FAILED or call.outcome is Outcome.INTERRUPTED
+        if call.trace.sampled or failed or duration >= self._slow_seconds:
+            self._processor.on_end(_Ended(call, duration, model, failed))  # type: ignore[arg-type]  # for _Exporter alone
 
     def close(self) -> None:
         """Send what is left; bounded by the exporter's timeout."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from gateway.call import Priority
 from gateway.errors import InvalidRequest
 from gateway.media import media_in
+
+if TYPE_CHECKING:
+    from gateway.large_body import Aside, Buffer
 
 Raw = msgspec.Raw
 
@@ -66,13 +69,14 @@ class Request:
     """
 
     __slots__ = (
-        "affinity", "body_bytes", "endpoint", "fields", "max_output", "media", "model", "n", "output_limit",
+        "affinity", "aside", "body_bytes", "endpoint", "fields", "max_output", "media", "model", "n", "output_limit",
         "priority", "prompt_bound", "prompt_estimate", "prompts", "raw", "stream", "wants_running_usage", "wants_usage",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, raw: bytes, model: str) -> None:
         self.endpoint = endpoint
         self.raw = raw
+        self.aside: Aside | None = None  # of a large body: what was not parsed; `fields` have placeholders for it
         self.body_bytes = len(raw)
         self.model = model  # as the caller named it
         self.fields: dict[str, Raw] = {}
@@ -88,6 +92,11 @@ class Request:
         self.prompt_estimate = 0
         self.priority: Priority | None = None
         self.affinity: int | None = None  # same conversation, same number
+
+    @property
+    def parsed_bytes(self) -> int:
+        """The bytes of the body less what was set aside."""
+        return self.body_bytes if self.aside is None else len(self.aside.rest)
 
     @property
     def choices(self) -> int:
@@ -110,13 +119,19 @@ STRIPPED = frozenset(
 )  # fmt: skip
 
 # Prompt tokens are never more than the text's bytes (byte-level and byte-fallback tokenizers) plus what a chat
-# template adds by itself: a default system prompt, role marks (shorter than their JSON); for tools also
-# instructions and indenting.
-TEMPLATE_TOKENS = 128
+# template adds by itself: a default system prompt and the marks of one message, which each engine is asked for
+# (`prompt_count`); the marks of further messages are shorter than their JSON. For tools also instructions and
+# indenting.
 TOOL_TEMPLATE_TOKENS = 512
-# Larger bodies are parsed and built in a thread: several passes over 20 MB, one after the other, would hold up every
-# stream; with a thread the event loop gets a turn after each pass.
-LARGE_BYTES = 1_048_576
+FIRST_MESSAGE_BYTES = 24  # the JSON around the first message, whose marks are counted with the template
+# Fields of whose bytes nothing reaches the prompt.
+NOT_PROMPT = frozenset(
+    ("model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "temperature",
+     "top_p", "top_k", "min_p", "n", "best_of", "seed", "stop", "user", "logprobs", "top_logprobs", "presence_penalty",
+     "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens", "store", "metadata", "service_tier",
+     "encoding_format", "echo")
+)  # fmt: skip
+LARGE_BYTES = 1_048_576  # what is larger may not be parsed or built in one go (large_body.py)
 BYTES_PER_TOKEN = 4  # a usual text; only for estimates
 
 
@@ -156,11 +171,15 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 _items = msgspec.json.Decoder(list[Raw])
 
 
-def parse(endpoint: Endpoint, raw: bytes, caps: Caps) -> Request:
-    """Check a JSON body and say what it asks for. Raises `InvalidRequest` with the parameter's name."""
+def parse(endpoint: Endpoint, raw: bytes, caps: Caps, aside: Aside | None = None) -> Request:
+    """Check a JSON body and say what it asks for. Raises `InvalidRequest` with the parameter's name.
+
+    Of a large body `aside` holds what need not be parsed.
+    """
+    text = raw if aside is None else aside.rest
     try:
-        fields = _fields.decode(raw)
-        head = _head.decode(raw)
+        fields = _fields.decode(text)
+        head = _head.decode(text)
     except msgspec.ValidationError as error:
         param = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else None
         what = f"'{param}' has the wrong type." if param else "The body must be one JSON object."
@@ -171,6 +190,7 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps) -> Request:
         raise InvalidRequest("'model' is missing.", param="model")
     request = Request(endpoint, raw, head.model)
     request.fields = fields
+    request.aside = aside
     request.stream = endpoint.streams and head.stream is True
     if endpoint.output_field is not None:
         _read_output(request, head, caps)
@@ -178,20 +198,27 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps) -> Request:
         _refuse_stored_responses(head)
     request.prompts = _count_prompts(endpoint, fields, caps)
     request.n *= request.prompts if endpoint.name == "completions" else 1
-    media, media_bytes = media_in(raw, fields, caps.remote_media)
+    media, media_bytes = media_in(text, fields, caps.remote_media, len if aside is None else aside.characters)
     if media > caps.media:
         raise InvalidRequest(f"At most {caps.media} images, audios or videos are accepted in one call.")
     request.media = media
-    text = max(0, request.body_bytes - media_bytes)
+    text_bytes = request.body_bytes - media_bytes
+    for name, value in fields.items():
+        if name in NOT_PROMPT:
+            text_bytes -= len(name) + (len(memoryview(value)) if aside is None else aside.size(value))
+    if "messages" in fields:
+        text_bytes -= FIRST_MESSAGE_BYTES
+    text_bytes = max(0, text_bytes)
     extra = 0
     if (tools := fields.get("tools")) is not None:
-        extra = len(memoryview(tools)) + TOOL_TEMPLATE_TOKENS
-    request.prompt_bound = text + TEMPLATE_TOKENS + extra + media * caps.media_tokens
-    request.prompt_estimate = max(1, text // BYTES_PER_TOKEN) + media * caps.media_tokens
+        extra = (len(memoryview(tools)) if aside is None else aside.size(tools)) + TOOL_TEMPLATE_TOKENS
+    request.prompt_bound = text_bytes + extra + media * caps.media_tokens
+    request.prompt_estimate = max(1, text_bytes // BYTES_PER_TOKEN) + media * caps.media_tokens
     conversation = fields.get("messages") or fields.get("input") or fields.get("prompt")
     if conversation is not None:
         # A conversation grows at its end: its beginning tells it from others and finds the engine with its cache.
-        request.affinity = zlib.crc32(memoryview(conversation)[:2048])
+        view = memoryview(conversation)
+        request.affinity = zlib.crc32(view[:2048] if aside is None else aside.beginning(view, 2048))
     return request
 
 
@@ -254,9 +281,9 @@ def _count_prompts(endpoint: Endpoint, fields: dict[str, Raw], caps: Caps) -> in
     return count
 
 
-def payload(request: Request, served_model: str) -> bytes:
+def payload(request: Request, served_model: str) -> bytes | list[Buffer]:
     """The body for the engine: the caller's fields less `STRIPPED`, with the served model's name, the output limit that
-    the budget decided, and running usage asked for on every stream."""
+    the budget decided, and running usage asked for on every stream. In pieces where some of it was set aside."""
     fields = {name: value for name, value in request.fields.items() if name not in STRIPPED}
     if served_model != request.model:
         fields["model"] = _encode(served_model)
@@ -276,7 +303,8 @@ def payload(request: Request, served_model: str) -> bytes:
             fields["stream_options"] = _encode(options)
     if endpoint.name == "responses":
         fields["store"] = Raw(b"false")
-    return msgspec.json.encode(fields)
+    encoded = msgspec.json.encode(fields)
+    return encoded if request.aside is None else request.aside.restore(encoded)
 
 
 _USAGE_OPTIONS = Raw(b'{"include_usage":true,"continuous_usage_stats":true}')

@@ -73,11 +73,20 @@ class Nvml:
         """Initialise NVML. Raises DriverFailed."""
         try:
             self._call("nvmlInit")
-            version, nvml = self._call("nvmlSystemGetDriverVersion"), self._call("nvmlSystemGetNVMLVersion")
-            cuda = self._call("nvmlSystemGetCudaDriverVersion_v2")
+            version, nvml = self._version("nvmlSystemGetDriverVersion"), self._version("nvmlSystemGetNVMLVersion")
+            cuda = self._version("nvmlSystemGetCudaDriverVersion_v2")
         except pynvml.NVMLError as error:
             raise DriverFailed(self._last_call, _name(error)) from error
-        self.driver = Driver(version, f"{cuda // 1000}.{cuda % 1000 // 10}", nvml)
+        self.driver = Driver(version or "", f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "", nvml or "")
+
+    def _version(self, call: str) -> Any:
+        """A version, or None from a driver that does not offer this call: no reason to go without its readings."""
+        try:
+            return self._call(call)
+        except pynvml.NVMLError as error:
+            if _name(error) in UNSUPPORTED:
+                return None
+            raise
 
     def sample(self, skip: Collection[int] = ()) -> Sample:
         """Read every GPU but those with an index in `skip`. Raises DriverFailed."""

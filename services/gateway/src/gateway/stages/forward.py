@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import answer, wire
+from gateway import answer, reported, wire
 from gateway.call import Outcome
 from gateway.errors import (
     ClientGone,
@@ -28,14 +28,17 @@ from gateway.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from gateway.upstream import BrokenConnection, ConnectError, Exchange, Upstream
+from gateway.upstream import BrokenConnection, ConnectError, Exchange, Route, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from gateway.backends import Backend
     from gateway.call import Call
     from gateway.client import Client, RawHeaders
+    from gateway.large_body import Buffer
     from gateway.settings import Settings
+    from gateway.wire import Endpoint
 
 KEEP_ALIVE = b": keep-alive\n\n"
 ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
@@ -57,6 +60,9 @@ class _Silence:
         self.what = "before its first byte"
         self.quiet = True  # the relay waits for the engine, nothing is being written
         self.ping: asyncio.Task[None] | None = None
+
+
+MOST_RETRIES = 2  # of one call, however much of the budget is left
 
 
 class RetryBudget:
@@ -102,6 +108,7 @@ class Forward:
         self._finish = finish
         self._count_retry = on_retry
         self._retries = RetryBudget(settings.retry_ratio)
+        self._routes: dict[tuple[str, str], Route] = {}  # by engine and endpoint
         self._silences: set[_Silence] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -137,7 +144,7 @@ class Forward:
             silence.call.abort(UpstreamTimeout(f"The engine said nothing for {silence.limit:g} s {silence.what}."))
         elif (
             silence.client is not None
-            and silence.ping is None
+            and (silence.ping is None or silence.ping.done())
             and self._settings.keep_alive_seconds
             and now - max(silence.since, silence.keep_alive_at) > self._settings.keep_alive_seconds
         ):
@@ -173,28 +180,32 @@ class Forward:
         request = call.request
         assert request is not None
         self._retries.earn()
+        failed: list[Backend] = []
+        body: bytes | list[Buffer]
         while True:
             backend = call.backend
+            headers = {"x-request-id": call.request_id}
+            if call.trace is not None:
+                headers["traceparent"] = call.trace.traceparent
             if request.endpoint.multipart:
                 body = request.raw
-                content_type = client.headers.text(b"content-type")
+                headers["content-type"] = client.headers.text(b"content-type")
             else:
                 served = self._registry.served_name(backend, request.model)
-                if request.body_bytes > wire.LARGE_BYTES:
+                if request.parsed_bytes > wire.LARGE_BYTES:
                     body = await asyncio.to_thread(wire.payload, request, served)
                 else:
                     body = wire.payload(request, served)
-                content_type = "application/json"
-            headers = {"content-type": content_type, "x-request-id": call.request_id}
-            if backend.api_key:
-                headers["authorization"] = f"Bearer {backend.api_key}"
-            if call.trace is not None:
-                headers["traceparent"] = call.trace.traceparent
+            route = self._routes.get((backend.name, request.endpoint.name)) or self._route(backend, request.endpoint)
             try:
-                exchange = await self._upstream.open("POST", backend.url + request.endpoint.upstream, headers, body)
+                exchange = await self._upstream.open(route, headers, body)
             except (ConnectError, BrokenConnection) as error:
-                self._registry.report(backend, False)
-                if not self._again(call):
+                # A call that breaks whatever it meets is one failure of an engine, however often it was tried: alone
+                # it must not open a breaker for everybody.
+                if backend not in failed:
+                    self._registry.report(backend, False)
+                failed.append(backend)
+                if len(failed) > MOST_RETRIES or not self._again(call):
                     if isinstance(error, ConnectError):
                         raise NoBackend("The engine cannot be reached at the moment.") from error
                     raise
@@ -203,6 +214,14 @@ class Forward:
                 exchange.close()
                 continue
             return exchange
+
+    def _route(self, backend: Backend, endpoint: Endpoint) -> Route:
+        headers = {} if endpoint.multipart else {"content-type": "application/json"}
+        if backend.api_key:
+            headers["authorization"] = f"Bearer {backend.api_key}"
+        route = self._upstream.route("POST", backend.url + endpoint.upstream, headers)
+        self._routes[backend.name, endpoint.name] = route
+        return route
 
     def _again(self, call: Call, elsewhere: bool = False) -> bool:
         if not self._retries.take():
@@ -226,37 +245,46 @@ class Forward:
     async def _stream(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
         request = call.request
         assert request is not None
-        stream = answer.Stream(request, call.usage)
+        stream = answer.Stream(request, call.usage, _most(call))
         call.answer = stream
         silence.limit = self._settings.idle_seconds
         silence.what = "in the middle of its answer"
         await client.start(200, self._head(call, exchange, stream=True))
         silence.client = client
-        while not stream.ended:
-            silence.quiet = True
-            data = await exchange.read()
-            silence.quiet = False
-            if silence.ping is not None:
-                await silence.ping
-                silence.ping = None
+
+        def take(data: bytes) -> bool:
+            """Pass on what came; True when no more is wanted: the stream has ended, or the client is slower."""
             if not data:
                 raise UpstreamError("The engine broke off before the end of its answer.")
             silence.since = time.perf_counter()
             try:
                 ready = stream.feed(data)
             except answer.BrokenStream as broken:
+                call.note(call.usage)
                 if broken.before:
-                    await client.write(broken.before)
+                    client.push(broken.before)
                 raise
+            call.note(call.usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
             if stream.tokens and call.first_token_at is None:
                 call.first_token_at = silence.since
-            if ready:
-                await client.write(ready)
+            return bool(ready and not client.push(ready)) or stream.ended
+
+        while not stream.ended:
+            await exchange.relay(take)
+            silence.quiet = False
+            if silence.ping is not None:
+                await silence.ping
+                silence.ping = None
+            await client.drained()
+            silence.since = time.perf_counter()
+            silence.quiet = True
         silence.client = None
         self._registry.report(call.backend, True)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(stream.tail)
+        if stream.cut:
+            return
         silence.quiet = True
         if exchange.whole or not await exchange.read():
             exchange.release()
@@ -277,16 +305,14 @@ class Forward:
                 return
         exchange.release()
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if not answer.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
+        if not reported.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
             raise UpstreamError("The engine's answer is not the JSON that it says it is.")
+        call.note(call.usage)
         self._registry.report(call.backend, True)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
-        headers = self._head(call, exchange, stream=False)
-        headers.append((b"content-length", str(len(body)).encode()))
-        await client.start(200, headers)
-        await client.end(body)
+        await client.respond(200, self._head(call, exchange, stream=False), body)
 
     async def _large(
         self, call: Call, client: Client, exchange: Exchange, silence: _Silence, parts: list[bytes]
@@ -308,7 +334,8 @@ class Forward:
             pending = data
         exchange.release()
         self._registry.report(call.backend, True)
-        answer.note_tail(call.usage, tail)
+        reported.note_tail(call.usage, tail)
+        call.note(call.usage)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(pending)
@@ -323,6 +350,14 @@ class Forward:
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         headers += [(name.encode(), value.encode()) for name, value in call.limit_headers.items()]
         return headers
+
+
+def _most(call: Call) -> int:
+    """The tokens that `call` may cost where a day's quota stands behind its hold; 0: any number."""
+    caller, hold = call.caller, call.hold
+    if caller is None or hold is None or not (caller.limits.daily_tokens or caller.organisation_daily_tokens):
+        return 0
+    return hold.tokens
 
 
 def _error_of(call: Call, status: int, body: bytes) -> GatewayError:

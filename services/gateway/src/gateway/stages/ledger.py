@@ -1,9 +1,9 @@
 """Stage 6: what it cost. Exactly one durable record per call that a key made.
 
 `settle` is awaited before a client sees the end of its answer; `close` ends every other call without waiting. Between
-admission and end a task notes the running usage of every held call a few times a second and renews its lease, so that a
-crash loses nothing that was known. Calls that nobody's key made (401) leave no record: they cost nothing, belong to
-nobody, and must not fill a disk.
+admission and end the journal has what was known of the call; calls that live for a while are also rows in the database,
+with their lease, for the case that the machine dies and not only this process. Calls that nobody's key made (401) leave
+no record: they cost nothing, belong to nobody, and must not fill a disk.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from loguru import logger
 from gateway.account import Days
 from gateway.call import Call, Outcome, UsageRecord
 from gateway.errors import LedgerUnavailable
+from gateway.journal import Slot
 from gateway.store import Store, StoreUnavailable
 
 FLUSH_SECONDS = 0.25
+ROW_SECONDS = 0.05  # a call that ends sooner never becomes a row
+NOTE_SECONDS = 1.0  # how old a row's usage may be
 OTHER_MODEL = "other"
+_MOST_TOKENS = 1 << 40  # more than any engine makes in one call; what a database cannot hold must not stop the ledger
 
 
 class Models(Protocol):
@@ -51,7 +55,7 @@ class Ledger:
         self._days = days
         self._hold_seconds = hold_seconds
         self._clock = clock
-        self._noted: dict[str, int] = {}
+        self._noted: dict[str, tuple[int, float]] = {}  # tokens in the row, and since when
         self._task: asyncio.Task[None] | None = None
         self.computed_tokens = 0
         """Tokens settled since this process started, as the engines count them."""
@@ -84,22 +88,33 @@ class Ledger:
                 logger.exception("ledger_tick_failed")
 
     def flush(self) -> None:
-        """Note what changed since the last time, and renew leases in good time."""
+        """Write or renew the rows of calls that live longer, and their leases in good time."""
+        if not self._store.healthy:
+            self._noted = {}  # rows on their way may not have arrived: all are written again
+            return
         rows = []
-        noted: dict[str, int] = {}
+        noted: dict[str, tuple[int, float]] = {}
         now = self._clock()
+        moment = time.perf_counter()
         for request_id, call in self._live.items():
             hold = call.hold
-            if hold is None or call.settled:
+            if hold is None or hold.slot is None or call.settled or moment - call.started < ROW_SECONDS:
                 continue
             usage = call.usage
-            total = noted[request_id] = usage.total
-            if total != self._noted.get(request_id, 0) or hold.expires_at - now < self._hold_seconds * 0.67:
-                hold.expires_at = now + self._hold_seconds
-                rows.append((request_id, usage.prompt, usage.completion, usage.cached, hold.expires_at))
+            total = usage.total
+            last = self._noted.get(request_id)
+            if last is not None:
+                changed = total != last[0] and moment - last[1] >= NOTE_SECONDS
+                if not changed and hold.expires_at - now >= self._hold_seconds * 0.67:
+                    noted[request_id] = last
+                    continue
+            noted[request_id] = (total, moment)
+            hold.expires_at = now + self._hold_seconds
+            hold.slot.row = True
+            rows.append((hold.slot.held, hold.expires_at, usage))
         self._noted = noted
-        if rows and self._store.healthy:
-            self._store.progress(rows)
+        if rows:
+            self._store.note(rows)
 
     # Ending a call
 
@@ -113,7 +128,7 @@ class Ledger:
             return
         call.settled = True
         try:
-            await self._store.settle(self._record(call))
+            await self._store.settle(self._record(call), _slot(call))
         except StoreUnavailable:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.") from None
 
@@ -122,13 +137,19 @@ class Ledger:
         if call.settled or call.caller is None:
             return
         call.settled = True
-        self._store.record(self._record(call), held=call.hold is not None)
+        self._store.record(self._record(call), _slot(call))
 
     def _record(self, call: Call) -> UsageRecord:
         caller = call.caller
         assert caller is not None
         request = call.request
         usage = call.usage
+        if not (0 <= usage.prompt <= _MOST_TOKENS and 0 <= usage.completion <= _MOST_TOKENS):
+            logger.error("usage_impossible", prompt=usage.prompt, completion=usage.completion)
+            usage.prompt = min(max(usage.prompt, 0), _MOST_TOKENS)
+            usage.completion = min(max(usage.completion, 0), _MOST_TOKENS)
+        if not 0 <= usage.cached <= usage.prompt:
+            usage.cached = min(max(usage.cached, 0), usage.prompt)
         error = call.error
         hold = call.hold
         outcome = call.outcome or Outcome.OK
@@ -159,3 +180,7 @@ class Ledger:
             None if call.backend is None else call.backend.name,
             hold.day if hold is not None else self._days.today(),
         )
+
+
+def _slot(call: Call) -> Slot | None:
+    return None if call.hold is None else call.hold.slot

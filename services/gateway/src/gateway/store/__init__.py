@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from loguru import logger
 
-from gateway.call import UsageRecord
+from gateway.call import Usage, UsageRecord
+from gateway.journal import Held, Journal, JournalFull, Slot
 from gateway.settings import Settings
 from gateway.spool import Spool
-from gateway.store import accounts, batch, recovery, reports
-from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, spool_folder
+from gateway.store import accounts, batch, recovery, reports, writer
+from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, journal_path, spool_folder
 from gateway.store.schema import migrate
-from gateway.store.writer import ENERGY, HOLD, PROGRESS, RECORD, SETTLE, STOP, WORK, Writer, replay
+from gateway.store.writer import ENERGY, HOLDS, SETTLE, WORK, Writer, replay
 
 __all__ = [
     "Database",
@@ -38,6 +39,10 @@ __all__ = [
 T = TypeVar("T")
 POLL_SECONDS = 0.1  # a change by another process is noticed within this time
 _SWEEP_SECONDS = 60.0
+_WATCH_SECONDS = 0.25
+_READ_SECONDS = 40.0  # PostgreSQL itself ends a statement after 30
+_RECENT_IDS = 16_384  # request ids that are remembered at least, and at most twice as many
+_START_SECONDS = 120.0  # a large spool takes a while
 _OWNERSHIP_PATIENCE = 3.0  # PostgreSQL needs a moment to see that a killed gateway has gone
 
 
@@ -52,6 +57,8 @@ class Started:
     seeded: dict[str, int] = field(default_factory=dict)
     damaged: str | None = None
     """Name of the damaged file that was set aside."""
+    damaged_journal: str | None = None
+    """Name of the journal that was set aside because it could not be read whole."""
 
 
 class Store:
@@ -62,7 +69,11 @@ class Store:
         self._on_keys = on_keys
         self._database = Database(settings.database_url, busy_seconds=2.0)
         self._spool = Spool(spool_folder(self._database, settings.spool_dir))
+        self._journal = Journal(journal_path(self._database, self._spool.path.parent))
+        self._recent: set[str] = set()
+        self._before: set[str] = set()
         self._writer: Writer | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._generation = -1
         self._live: Callable[[], frozenset[str]] = frozenset
@@ -79,14 +90,17 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._live = live
         self._next_sweep = time.monotonic() + _SWEEP_SECONDS
-        writer = Writer(self._database, self._spool, self._loop, self._open, self._poll, POLL_SECONDS)
-        writer.start()
+        thread = Writer(self._database, self._spool, self._loop, self._open, self._poll, POLL_SECONDS)
+        self._watcher = self._loop.create_task(self._watch(), name="store-watch")
+        thread.start()
         try:
-            started, changes = await writer.opened
+            started, changes = await thread.opened
         except BaseException:
+            self._watcher.cancel()
+            self._journal.close()
             self._database.disown()
             raise
-        self._writer = writer
+        self._writer = thread
         self._on_keys(changes)
         return started  # type: ignore[no-any-return]
 
@@ -102,21 +116,40 @@ class Store:
                 started.damaged = aside.name
                 logger.error("database_damaged", problem=what, set_aside=str(aside), rescued=saved)
         database.connect()
+        with database.limited(_START_SECONDS):
+            return started, self._prepare(database, started)
+
+    def _prepare(self, database: Database, started: Started) -> accounts.Changes:
         if not database.sqlite:
             self._own_patiently()
         migrate(database)
         if self._spool.count():
             started.replayed = replay(database, self._spool)
             logger.info("spool_replayed", records=started.replayed)
-        started.lost = recovery.settle_orphans(database, time.time())
-        if started.lost:
-            logger.warning("holds_settled", calls=started.lost)
+        self._recover(database, started)
         configured = self._settings.gateway_api_keys
         started.seeded = accounts.seed(database, configured.get_secret_value() if configured else None)
         if started.seeded["deleted"]:
             logger.warning("seeded_keys_deleted", keys=started.seeded["deleted"])
         self._generation = accounts.generation(database)
-        return started, accounts.changes_since(database, -1)
+        return accounts.changes_since(database, -1)
+
+    def _recover(self, database: Database, started: Started) -> None:
+        """Settle what a dead process has left, then begin a journal of our own."""
+        path = self._journal.path
+        try:
+            left = self._journal.open()
+            started.lost = recovery.settle_orphans(database, time.time(), left=left)
+            if started.lost:
+                logger.warning("holds_settled", calls=started.lost)
+            started.damaged_journal = self._journal.begin()
+        except BlockingIOError:
+            raise StoreLocked(f"another gateway uses {path}") from None
+        except OSError as error:
+            raise StoreUnavailable(f"the journal {path} cannot be used: {error}") from error
+        if started.damaged_journal is not None:
+            aside = str(path.with_name(started.damaged_journal))
+            logger.error("journal_damaged", problem=self._journal.problem, set_aside=aside, settled=len(left))
 
     def _own_patiently(self) -> None:
         deadline = time.monotonic() + _OWNERSHIP_PATIENCE
@@ -131,32 +164,51 @@ class Store:
     async def close(self) -> None:
         """Commit what is queued, end the writer, give the database up."""
         if self._writer is not None:
-            self._writer.send(STOP, None)
+            self._writer.stop()
             await asyncio.to_thread(self._writer.join)
             self._writer = None
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
+        self._journal.close()
         self._database.disown()
 
     # Calls: never blocking, answered when durable
 
-    def hold(self, row: batch.HoldRow) -> asyncio.Future[bool]:
-        """Record a hold (columns of `schema.HOLD_COLUMNS`); False if its request id is in the ledger already."""
-        return self._running.submit(HOLD, row)
+    def knows(self, request_id: str) -> bool:
+        """Whether a call with this request id has ended here not long ago."""
+        return request_id in self._recent or request_id in self._before
 
-    def settle(self, record: UsageRecord) -> asyncio.Future[None]:
-        """Record an ended call and delete its hold; once per request id. Resolved when durable (database or spool)."""
-        return self._running.submit(SETTLE, record)
+    def hold(self, held: Held) -> Slot:
+        """Keep a call from now on, whatever happens to this process. Raises `StoreUnavailable` if there is no room."""
+        try:
+            return self._journal.take(held)
+        except JournalFull as error:
+            raise StoreUnavailable(str(error)) from None
 
-    def record(self, record: UsageRecord, *, held: bool = True) -> None:
-        """As `settle`, for a call whose end nobody waits for. Without a hold the request id may be changed."""
-        self._running.send(SETTLE if held else RECORD, record)
+    def settle(self, record: UsageRecord, slot: Slot | None = None) -> asyncio.Future[None]:
+        """Record an ended call, once; its `slot` is freed. Resolved when durable (database or spool)."""
+        self._remember(record.request_id)
+        return self._running.submit(SETTLE, (record, slot))
+
+    def record(self, record: UsageRecord, slot: Slot | None = None) -> None:
+        """As `settle`, for a call whose end nobody waits for."""
+        self._remember(record.request_id)
+        self._running.send(SETTLE, (record, slot))
+
+    def _remember(self, request_id: str) -> None:
+        if len(self._recent) >= _RECENT_IDS:
+            self._before, self._recent = self._recent, set()
+        self._recent.add(request_id)
+
+    def note(self, calls: Iterable[tuple[Held, float, Usage]]) -> None:
+        """Tell the database what calls under way hold, their leases (Unix seconds), and what they have used."""
+        self._running.send(HOLDS, [batch.hold_row(held, lease, usage) for held, lease, usage in calls])
 
     def add_energy(self, rows: Sequence[batch.EnergyRow]) -> None:
         """Add joules to keys' days: `(day, key id, joules)`."""
         self._running.send(ENERGY, list(rows))
-
-    def progress(self, rows: Sequence[batch.ProgressRow]) -> None:
-        """Note what running calls have used so far, and renew their leases."""
-        self._running.send(PROGRESS, rows)
 
     @property
     def _running(self) -> Writer:
@@ -166,8 +218,8 @@ class Store:
     @property
     def healthy(self) -> bool:
         """Whether new calls can be recorded."""
-        writer = self._writer
-        return writer is not None and writer.healthy
+        thread = self._writer
+        return thread is not None and thread.healthy
 
     @property
     def problem(self) -> str | None:
@@ -205,24 +257,35 @@ class Store:
         return await self._running.submit(WORK, change)  # type: ignore[no-any-return]
 
     def _session(self, work: Callable[[Database], T]) -> T:
-        with self._database.session() as database:
+        with self._database.session() as database, database.limited(_READ_SECONDS):
             return work(database)
+
+    async def _watch(self) -> None:
+        """End waits for a database that does not answer."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if cut := self._database.cut_overdue():
+                logger.error("database_hangs", connections_cut=cut)
+            if self._writer is not None:
+                self._writer.watch()
 
     def _poll(self, database: Database) -> None:
         """In the writer's thread: load keys that changed; now and then sweep."""
-        now = accounts.generation(database)
-        if now != self._generation:
-            # A smaller number: an older database was put in its place.
-            changes = accounts.changes_since(database, self._generation if now > self._generation else -1)
-            self._generation = now
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._on_keys, changes)
+        with database.limited(writer.COMMIT_SECONDS):
+            now = accounts.generation(database)
+            if now != self._generation:
+                # A smaller number: an older database was put in its place.
+                changes = accounts.changes_since(database, self._generation if now > self._generation else -1)
+                self._generation = now
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._on_keys, changes)
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_SECONDS
-            lost = recovery.settle_orphans(database, time.time(), live=self._live(), expired_only=True)
-            if lost:
-                logger.warning("holds_expired", calls=lost)
-            self._forget(database)
+            with database.limited(writer.WORK_SECONDS):
+                lost = recovery.settle_orphans(database, time.time(), live=self._live(), expired_only=True)
+                if lost:
+                    logger.warning("holds_expired", calls=lost)
+                self._forget(database)
 
     def _forget(self, database: Database) -> None:
         days = self._settings.usage_retention_days

@@ -1,30 +1,29 @@
 """The statements of one group commit: many calls' rows in a few statements.
 
 SQLite gives Python's lock away at every statement, and getting it back from a busy event loop costs more than the
-statement, so rows travel in multi-row statements, in chunks of fixed sizes that stay in the statement cache.
+statement, so rows travel in multi-row statements: one for a group of the usual size.
 """
 
 # ruff: noqa: S608 - only names of our own schema are put into statements; values are always parameters
 
 from __future__ import annotations
 
-import secrets
-from collections import Counter
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from gateway.call import Outcome, UsageRecord
+from gateway.call import Outcome, Usage, UsageRecord
+from gateway.journal import Held
 from gateway.store.connection import Database, Run
 from gateway.store.schema import HOLD_COLUMNS, TOTAL_COLUMNS, USAGE_COLUMNS
 
 HoldRow = tuple[Any, ...]  # in the order of HOLD_COLUMNS
 EnergyRow = tuple[str, str, float]  # day, key id, joules
-ProgressRow = tuple[str, int, int, int, float]  # request id, prompt, completion, cached, lease (Unix seconds)
 
-_CHUNKS = (64, 32, 16, 8, 4, 2, 1)
+_MOST_ROWS = 64  # of one statement: as many forms of it at most, all of which stay prepared
 
 
 def _marks(columns: int, rows: int) -> str:
@@ -33,9 +32,13 @@ def _marks(columns: int, rows: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _insert_holds(rows: int) -> str:
+def _put_holds(rows: int) -> str:
     columns = ", ".join(HOLD_COLUMNS)
-    return f"INSERT INTO holds ({columns}) VALUES {_marks(len(HOLD_COLUMNS), rows)} ON CONFLICT (request_id) DO NOTHING"
+    news = ", ".join(f"{name} = excluded.{name}" for name in ("expires_at", *HOLD_COLUMNS[-3:]))
+    return (
+        f"INSERT INTO holds ({columns}) VALUES {_marks(len(HOLD_COLUMNS), rows)} "
+        f"ON CONFLICT (request_id) DO UPDATE SET {news}"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -60,20 +63,33 @@ def _add_totals(rows: int) -> str:
     )
 
 
-_PROGRESS = (
-    "UPDATE holds SET prompt_tokens = ?, completion_tokens = ?, cached_tokens = ?, expires_at = ? WHERE request_id = ?"
-)
-
-
 def _in_chunks(run: Run, text: Callable[[int], str], rows: Sequence[Sequence[Any]]) -> int:
-    """Run `text(n)` over `rows`, n at a time; returns the number of changed rows."""
-    changed = start = 0
-    for size in _CHUNKS:
-        while len(rows) - start >= size:
-            part = rows[start : start + size]
-            changed += run(text(size), list(chain.from_iterable(part))).rowcount
-            start += size
+    """Run `text(n)` over `rows`, at most `_MOST_ROWS` at a time; returns the number of changed rows."""
+    changed = 0
+    for start in range(0, len(rows), _MOST_ROWS):
+        part = rows[start : start + _MOST_ROWS]
+        changed += run(text(len(part)), list(chain.from_iterable(part))).rowcount
     return changed
+
+
+def hold_row(held: Held, expires_at: float, usage: Usage) -> HoldRow:
+    """A call under way in the order of `HOLD_COLUMNS`; its lease in Unix seconds."""
+    return (
+        held.request_id,
+        held.key_id,
+        held.organisation,
+        held.model,
+        held.endpoint,
+        held.tokens,
+        held.day,
+        int(held.stream),
+        held.started_at,
+        expires_at,
+        held.trace_id,
+        usage.prompt,
+        usage.completion,
+        usage.cached,
+    )
 
 
 def usage_row(record: UsageRecord) -> tuple[Any, ...]:
@@ -119,25 +135,28 @@ def totals(records: Iterable[UsageRecord]) -> list[tuple[Any, ...]]:
 
 @dataclass(slots=True)
 class Group:
-    """What one transaction takes. `loose` are ids of records without a hold; `known` is filled with refused holds."""
+    """What one transaction takes: rows of calls under way by request id, records of ended calls, energy, and the
+    request ids whose rows in `holds` are over."""
 
-    holds: list[HoldRow] = field(default_factory=list)
-    progress: list[ProgressRow] = field(default_factory=list)
+    holds: dict[str, HoldRow] = field(default_factory=dict)
     records: list[UsageRecord] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
     energy: list[EnergyRow] = field(default_factory=list)
-    loose: set[str] = field(default_factory=set)
-    known: set[str] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return bool(self.holds or self.progress or self.records or self.energy)
+        return bool(self.holds or self.records or self.ended or self.energy)
+
+
+def kept_aside(records: list[UsageRecord]) -> Group:
+    """The group of records from elsewhere, whose calls may have left a row in `holds`."""
+    return Group(records=records, ended=[record.request_id for record in records])
 
 
 def write(database: Database, group: Group) -> int:
-    """One transaction: new holds, progress of running calls, ended calls, energy. Returns the records that were new.
+    """One transaction: calls under way, ended calls, energy. Returns the records that were new.
 
-    A record whose request id is already there changes nothing, so a group may be repeated when nobody knows whether its
-    commit arrived; a `loose` one (a refusal, which has no hold to be unique by) gets an id of its own. A hold whose id
-    is taken is not written and named in `group.known`.
+    A call is recorded once: by its request id, its key and the time it began. So a group may be repeated when nobody
+    knows whether its commit arrived. Another call with the same request id is recorded under `extended`.
     """
     try:
         return _write(database, group, careful=False)
@@ -152,60 +171,57 @@ class _AlreadyThere(Exception):
 def _write(database: Database, group: Group, *, careful: bool) -> int:
     with database.group() as run:
         if group.holds:
-            _hold(run, group, careful)
-        for request_id, prompt, completion, cached, lease in group.progress:
-            run(_PROGRESS, (prompt, completion, cached, lease, request_id))
+            _in_chunks(run, _put_holds, list(group.holds.values()))
         if group.energy:
             _in_chunks(run, _add_energy, _energy(group.energy))
+        if group.ended:
+            _in_chunks(run, _delete_holds, [(request_id,) for request_id in group.ended])
         if not group.records:
             return 0
-        _in_chunks(run, _delete_holds, [(record.request_id,) for record in group.records])
-        fresh = _fresh(run, group) if careful else group.records
+        fresh = _fresh(run, group.records) if careful else group.records
         if _in_chunks(run, _insert_usage, [usage_row(record) for record in fresh]) != len(fresh):
             raise _AlreadyThere
         _in_chunks(run, _add_totals, totals(fresh))
         return len(fresh)
 
 
-def _hold(run: Run, group: Group, careful: bool) -> None:
-    rows = group.holds
-    ids = [row[0] for row in rows]
-    group.known = _known(run, "usage_records", ids)
-    if careful:
-        group.known |= _known(run, "holds", ids)
-        counts = Counter(ids)
-        group.known |= {request_id for request_id in ids if counts[request_id] > 1}  # neither of two is the first
-    if group.known:
-        rows = [row for row in rows if row[0] not in group.known]
-    if _in_chunks(run, _insert_holds, rows) != len(rows):
-        raise _AlreadyThere
+def extended(record: UsageRecord) -> str:
+    """The request id of a call whose own id belongs to another call: always the same one for the same call."""
+    call = f"{record.key_id} {record.started_at!r}".encode()
+    return f"{record.request_id[:64]}.{hashlib.blake2b(call, digest_size=4).hexdigest()}"
 
 
-def _known(run: Run, table: str, ids: Sequence[str]) -> set[str]:
-    found: set[str] = set()
-    start = 0
-    for size in _CHUNKS:  # fixed sizes, so that the statements stay prepared
-        while len(ids) - start >= size:
-            text = _find(table, size)
-            found.update(request_id for (request_id,) in run(text, ids[start : start + size]).fetchall())
-            start += size
+def _known(run: Run, ids: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """Key and begin of those calls that the ledger has, by request id."""
+    found: dict[str, tuple[str, float]] = {}
+    for start in range(0, len(ids), _MOST_ROWS):
+        part = ids[start : start + _MOST_ROWS]
+        for request_id, key_id, started_at in run(_find(len(part)), part).fetchall():
+            found[request_id] = (key_id, started_at)
     return found
 
 
 @lru_cache(maxsize=64)
-def _find(table: str, rows: int) -> str:
-    return f"SELECT request_id FROM {table} WHERE request_id IN ({','.join('?' * rows)})"
+def _find(rows: int) -> str:
+    marks = ",".join("?" * rows)
+    return f"SELECT request_id, key_id, started_at FROM usage_records WHERE request_id IN ({marks})"
 
 
-def _fresh(run: Run, group: Group) -> list[UsageRecord]:
-    known = _known(run, "usage_records", [record.request_id for record in group.records])
+def _fresh(run: Run, records: Sequence[UsageRecord]) -> list[UsageRecord]:
+    """Those of `records` that the ledger does not have, under the ids that they can have."""
+    known = _known(run, [name for record in records for name in (record.request_id, extended(record))])
     fresh: list[UsageRecord] = []
-    for record in group.records:
-        if record.request_id in known:
-            if record.request_id not in group.loose:
+    for record in records:
+        call = (record.key_id, record.started_at)
+        other = known.get(record.request_id)
+        if other == call:
+            continue
+        if other is not None:
+            name = extended(record)
+            if name in known:
                 continue
-            record = replace(record, request_id=f"{record.request_id}.{secrets.token_hex(4)}")
-        known.add(record.request_id)
+            record = replace(record, request_id=name)
+        known[record.request_id] = call
         fresh.append(record)
     return fresh
 

@@ -7,8 +7,12 @@ belongs to the thread that opened it (peewee keeps one per thread).
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import socket
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,7 +62,7 @@ class Database:
                 },
                 lock_type="IMMEDIATE",
                 timeout=busy_seconds,
-                cached_statements=256,
+                cached_statements=512,
             )
         else:
             self._database = peewee.PostgresqlDatabase(
@@ -72,6 +76,9 @@ class Database:
                 tcp_user_timeout=10_000,
                 options="-c statement_timeout=30000 -c lock_timeout=5000",
             )
+        self._url = url
+        self._limited: dict[int, tuple[float, socket.socket]] = {}  # by thread: until when, and what to cut then
+        self._cutting = threading.Lock()
         self._texts: dict[str, str] = {}
         password = urlsplit(url).password if not self.sqlite and "[" not in url else None
         self._hidden = [] if self.sqlite else [part for part in (url, password, unquote(password or "")) if part]
@@ -190,6 +197,45 @@ class Database:
         finally:
             self.close()
 
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """What is done inside has this long; then `cut_overdue` cuts the connection, and it fails. May be nested.
+
+        A server that hangs keeps its sockets alive, and no timeout of its own can end a wait for it. A file is left
+        alone: nothing can end a wait for a disk.
+        """
+        if self.sqlite:
+            yield
+            return
+        with self.errors():
+            # A descriptor of our own: the driver may close its one, and the number may be somebody else's by then.
+            own = socket.socket(fileno=os.dup(self._database.connection().fileno()))
+        thread = threading.get_ident()
+        outer = self._limited.get(thread)
+        with self._cutting:
+            self._limited[thread] = (time.monotonic() + seconds, own)
+        try:
+            yield
+        finally:
+            with self._cutting:
+                if outer is None:
+                    del self._limited[thread]
+                else:
+                    self._limited[thread] = outer
+            own.close()
+
+    def cut_overdue(self) -> int:
+        """Cut connections whose work is overdue; returns how many. Any thread."""
+        cut = 0
+        with self._cutting:
+            now = time.monotonic()
+            for deadline, connection in self._limited.values():
+                if now > deadline:
+                    with suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+                        cut += 1
+        return cut
+
     # The one owner
 
     def own(self) -> None:
@@ -217,9 +263,23 @@ class Database:
             self._lock_file = None
 
     @property
+    def identity(self) -> str:
+        """Eight hexadecimal digits that tell PostgreSQL databases apart; users and passwords may change."""
+        parts = urlsplit(self._url)
+        where = f"{parts.netloc.rpartition('@')[2]}{parts.path}?{parts.query}"
+        return hashlib.blake2b(where.encode(), digest_size=4).hexdigest()
+
+    @property
     def place(self) -> str:
         """Where the data is, for a log line: never a password."""
         return str(self.path) if self.path is not None else "postgresql"
+
+
+def journal_path(database: Database, folder: Path) -> Path:
+    """Where calls under way are kept: beside the SQLite file, for PostgreSQL in `folder` under the database's name."""
+    if database.path is not None:
+        return database.path.with_name(database.path.name + ".calls")
+    return folder / f"usage-{database.identity}.calls"
 
 
 def spool_folder(database: Database, configured: str | None) -> Path:

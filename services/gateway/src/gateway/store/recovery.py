@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import msgspec
 from loguru import logger
 
 from gateway.call import Outcome, UsageRecord
+from gateway.journal import Held, Left
 from gateway.store import batch
 from gateway.store.connection import Database, StoreUnavailable
 from gateway.store.schema import HOLD_COLUMNS, TABLES, migrate
@@ -115,41 +116,60 @@ def _readable(source: sqlite3.Connection, table: str, columns: list[str]) -> Ite
 
 
 def settle_orphans(
-    database: Database, now: float, *, live: frozenset[str] = frozenset(), expired_only: bool = False
+    database: Database,
+    now: float,
+    *,
+    left: Sequence[Left] = (),
+    live: frozenset[str] = frozenset(),
+    expired_only: bool = False,
 ) -> int:
-    """Settle holds without a running call at their last known usage, outcome `lost`; returns how many.
+    """Settle calls that nobody runs any more at their last known usage, outcome `lost`; returns how many.
 
-    At start (this process is the only owner) that is every hold; later, those whose lease is over.
+    At start (this process is the only owner) those are all that the journal has (`left`) and all rows of `holds`, which
+    outlive the loss of the journal; of a call that is in both the larger usage counts. Later, those whose lease is
+    over.
     """
     text = f"SELECT {', '.join(HOLD_COLUMNS)} FROM holds" + (" WHERE expires_at < ?" if expired_only else "")
+    rows = {
+        row[0]: dict(zip(HOLD_COLUMNS, row, strict=True)) for row in database.rows(text, (now,) if expired_only else ())
+    }
     records = []
-    for row in database.rows(text, (now,) if expired_only else ()):
-        hold = dict(zip(HOLD_COLUMNS, row, strict=True))
-        if hold["request_id"] in live:
-            continue
-        records.append(
-            UsageRecord(
-                request_id=hold["request_id"],
-                key_id=hold["key_id"],
-                organisation=hold["organisation"],
-                model=hold["model"],
-                endpoint=hold["endpoint"],
-                prompt_tokens=hold["prompt_tokens"],
-                completion_tokens=hold["completion_tokens"],
-                cached_tokens=hold["cached_tokens"],
-                outcome=Outcome.LOST,
-                code=None,
-                status=0,
-                stream=bool(hold["stream"]),
-                started_at=hold["started_at"],
-                duration_seconds=max(0.0, now - hold["started_at"]),
-                queue_seconds=0.0,
-                first_token_seconds=None,
-                trace_id=hold["trace_id"],
-                backend=None,
-                day=hold["day"],
+    for call in left:
+        known = (call.prompt, call.completion, call.cached)
+        row = rows.get(call.held.request_id)
+        if row is not None and row["started_at"] == call.held.started_at:
+            del rows[call.held.request_id]
+            noted = (row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"])
+            known = max(known, noted, key=lambda usage: usage[0] + usage[1])
+        records.append(_lost(call.held, known, now))
+    for row in rows.values():
+        if row["request_id"] not in live:
+            held = Held(
+                **{name: row[name] for name in Held.__struct_fields__ if name != "stream"}, stream=bool(row["stream"])
             )
-        )
-    for start in range(0, len(records), 500):
-        batch.write(database, batch.Group(records=records[start : start + 500]))
-    return len(records)
+            records.append(_lost(held, (row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"]), now))
+    return sum(batch.write(database, batch.kept_aside(records[at : at + 500])) for at in range(0, len(records), 500))
+
+
+def _lost(held: Held, usage: tuple[int, int, int], now: float) -> UsageRecord:
+    return UsageRecord(
+        request_id=held.request_id,
+        key_id=held.key_id,
+        organisation=held.organisation,
+        model=held.model,
+        endpoint=held.endpoint,
+        prompt_tokens=usage[0],
+        completion_tokens=usage[1],
+        cached_tokens=usage[2],
+        outcome=Outcome.LOST,
+        code=None,
+        status=0,
+        stream=held.stream,
+        started_at=held.started_at,
+        duration_seconds=max(0.0, now - held.started_at),
+        queue_seconds=0.0,
+        first_token_seconds=None,
+        trace_id=held.trace_id,
+        backend=None,
+        day=held.day,
+    )

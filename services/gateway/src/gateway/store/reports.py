@@ -83,6 +83,12 @@ def day_totals(database: Database, day: str) -> list[tuple[str, str, int, int]]:
     ]
 
 
+def last_days(database: Database, most: int = 3) -> list[str]:
+    """The latest days that have totals, ISO dates, the latest first."""
+    found = database.rows("SELECT DISTINCT day FROM daily_totals ORDER BY day DESC LIMIT ?", (most,))
+    return [day for (day,) in found]
+
+
 def forget(database: Database, before: float, most: int = 500) -> int:
     """Delete up to `most` of the oldest usage records that started before `before` (Unix seconds); totals stay.
 

@@ -20,17 +20,23 @@ from loguru import logger
 
 from gateway.call import Outcome, UsageRecord
 from gateway.errors import GatewayError, LedgerUnavailable
+from gateway.journal import Slot
 from gateway.spool import Spool
 from gateway.store import batch
 from gateway.store.connection import Database, StoreLocked, StoreUnavailable
 
-HOLD, SETTLE, RECORD, PROGRESS, ENERGY, WORK, STOP = range(7)
+SETTLE, HOLDS, ENERGY, WORK, STOP = range(5)
 _LARGEST_GROUP = 512
 _RETRY_SECONDS = 0.25
 _LONGEST_RETRY_SECONDS = 2.0
+COMMIT_SECONDS = 5.0  # what a group may take at PostgreSQL
+WORK_SECONDS = 8.0  # … and anything else that calls may have to wait for
+HEAL_SECONDS = 60.0  # a large spool takes a while
+STALL_SECONDS = 10.0  # after which nobody waits for a group any longer, wherever it hangs
 
 Future = asyncio.Future[Any]
 Item = tuple[int, Any, Future | None]
+Ended = tuple[UsageRecord, Slot | None]
 Answer = tuple[Future, Any, BaseException | None]
 
 
@@ -53,9 +59,12 @@ class Writer(threading.Thread):
         self._first = first
         self._poll = poll
         self._poll_seconds = poll_seconds
-        self._queue: SimpleQueue[Item] = SimpleQueue()
-        self._unkept: list[UsageRecord] = []  # neither the database nor the spool took them yet
+        self._queue: SimpleQueue[list[Item]] = SimpleQueue()
+        self._handing: list[Item] = []  # what this turn of the loop has for the thread
+        self._unkept: list[Ended] = []  # neither the database nor the spool took them yet
         self._durable: bool | None = None  # what the connection is set to; None = not known
+        self._busy_since: float | None = None  # monotonic; None = nothing is being written
+        self._current: list[Item] = []
         self._next_poll = 0.0
         self._next_try = 0.0
         self._retry_seconds = _RETRY_SECONDS
@@ -70,17 +79,46 @@ class Writer(threading.Thread):
     def submit(self, kind: int, payload: Any) -> Future:
         """Queue one piece of work; the future resolves when it is durable, or fails with `StoreUnavailable`."""
         future: Future = self._loop.create_future()
-        self._queue.put((kind, payload, future))
+        self.send(kind, payload, future)
         return future
 
-    def send(self, kind: int, payload: Any) -> None:
+    def send(self, kind: int, payload: Any, future: Future | None = None) -> None:
         """Queue one piece of work that nobody waits for."""
-        self._queue.put((kind, payload, None))
+        if not self._handing:
+            # Waking the thread is dear: once a turn of the loop, for all calls that end in it.
+            self._loop.call_soon(self._hand_over)
+        self._handing.append((kind, payload, future))
 
-    @property
-    def waiting(self) -> int:
-        """Pieces of work that no group has taken yet."""
-        return self._queue.qsize()
+    def stop(self) -> None:
+        """Let the thread end after what is queued."""
+        self._handing.append((STOP, None, None))
+        self._hand_over()
+
+    def watch(self) -> None:
+        """Now and then: whoever waits for a group that does not end is told so, and nobody is admitted until it has."""
+        since = self._busy_since
+        if since is None or time.monotonic() - since < STALL_SECONDS:
+            return
+        if self.healthy:
+            logger.error("database_stalls", seconds=round(time.monotonic() - since, 1))
+        self.healthy = False  # the thread heals it when it is back
+        self.problem = "the database does not answer"
+        refusal = StoreUnavailable(self.problem)
+        waiting = self._current + [item for items in self._stalled() for item in items]
+        _resolve([(future, None, refusal) for _, _, future in waiting if future is not None])
+
+    def _stalled(self) -> list[list[Item]]:
+        """What waits behind the thread; it stays there."""
+        found = []
+        for _ in range(self._queue.qsize()):
+            found.append(self._queue.get())
+            self._queue.put(found[-1])
+        return found
+
+    def _hand_over(self) -> None:
+        if self._handing:
+            self._queue.put(self._handing)
+            self._handing = []
 
     @property
     def aside(self) -> int:
@@ -111,6 +149,8 @@ class Writer(threading.Thread):
         if items and items[-1][0] == STOP:
             running = False
             items.pop()
+        self._current = items
+        self._busy_since = time.monotonic()
         if items:
             self._group(items)
         now = time.monotonic()
@@ -120,6 +160,8 @@ class Writer(threading.Thread):
         elif now >= self._next_poll:
             self._next_poll = now + self._poll_seconds
             self._guarded(lambda: self._poll(self._database))
+        self._busy_since = None
+        self._current = []
         return running
 
     def _guarded(self, work: Callable[[], Any]) -> BaseException | None:
@@ -138,12 +180,12 @@ class Writer(threading.Thread):
     def _take(self) -> list[Item]:
         wake = self._next_poll if self.healthy else self._next_try
         try:
-            items = [self._queue.get(timeout=max(0.0, wake - time.monotonic()))]
+            items = self._queue.get(timeout=max(0.0, wake - time.monotonic()))
         except Empty:
             return []
         while len(items) < _LARGEST_GROUP and items[-1][0] != STOP:
             try:
-                items.append(self._queue.get_nowait())
+                items += self._queue.get_nowait()
             except Empty:
                 break
         return items
@@ -151,32 +193,26 @@ class Writer(threading.Thread):
     def _group(self, items: Sequence[Item]) -> None:
         answers: list[Answer] = []
         group = batch.Group()
+        ended: list[Ended] = []
         for kind, payload, _ in items:
-            if kind == HOLD:
-                group.holds.append(payload)
-            elif kind in (SETTLE, RECORD):
-                group.records.append(payload)
-                if kind == RECORD:
-                    group.loose.add(payload.request_id)
-            elif kind == PROGRESS:
-                group.progress += payload
+            if kind == SETTLE:
+                ended.append(payload)
+                record, slot = payload
+                group.records.append(record)
+                if slot is not None and slot.row:
+                    group.ended.append(record.request_id)
+            elif kind == HOLDS:
+                for row in payload:
+                    group.holds[row[0]] = row
             elif kind == ENERGY:
                 group.energy += payload
         if group:
-            failed = True
-            if self.healthy:
-                failed = self._guarded(partial(self._commit, group)) is not None
-            refusal = StoreUnavailable(self.problem or "the database refuses") if failed else None
-            lost = refusal
-            if failed and self._keep(group.records):
-                lost = None
-            for kind, payload, future in items:
-                if future is None:
-                    continue
-                if kind == HOLD:
-                    answers.append((future, payload[0] not in group.known, refusal))
-                elif kind == SETTLE:
-                    answers.append((future, None, lost))
+            lost: StoreUnavailable | None = None
+            if self.healthy and self._guarded(partial(self._commit, group)) is None:
+                _free(ended)
+            elif not self._keep(ended):
+                lost = StoreUnavailable(self.problem or "the database refuses")
+            answers = [(future, None, lost) for kind, _, future in items if kind == SETTLE and future is not None]
         answers += [self._work(work, future) for kind, work, future in items if kind == WORK and future is not None]
         self._answer(answers)
 
@@ -187,11 +223,12 @@ class Writer(threading.Thread):
 
         def run() -> None:
             nonlocal result, refusal
-            if not self._durable:
-                self._database.durable(True)
-                self._durable = True
             try:
-                result = work(self._database)
+                if not self._durable:
+                    self._database.durable(True)
+                    self._durable = True
+                with self._database.limited(WORK_SECONDS):
+                    result = work(self._database)
             except GatewayError as error:  # the change was wrong, not the database
                 refusal = error
 
@@ -202,10 +239,11 @@ class Writer(threading.Thread):
     def _commit(self, group: batch.Group) -> None:
         # Only what a client will rely on has to be on the disk; holds need to outlive this process alone.
         durable = bool(group.records)
-        if durable != self._durable:
-            self._database.durable(durable)
-            self._durable = durable
-        batch.write(self._database, group)
+        with self._database.limited(COMMIT_SECONDS):
+            if durable != self._durable:
+                self._database.durable(durable)
+                self._durable = durable
+            batch.write(self._database, group)
 
     def _answer(self, answers: list[Answer]) -> None:
         if not answers:
@@ -215,17 +253,19 @@ class Writer(threading.Thread):
         except RuntimeError:
             logger.warning("store_answers_unread", answers=len(answers))  # the loop has gone; the rows are safe
 
-    def _keep(self, records: list[UsageRecord]) -> bool:
-        """Spool `records`; False if even that failed (they stay in memory and are tried again)."""
-        if not records:
+    def _keep(self, ended: list[Ended]) -> bool:
+        """Spool the records; False if even that failed (they stay in memory and are tried again)."""
+        if not ended:
             return True
+        ended = [*self._unkept, *ended]
         try:
-            self._spool.append([*self._unkept, *records])
+            self._spool.append([record for record, _ in ended])
         except OSError as error:
-            self._unkept += [_broken_off(record) for record in records]
+            self._unkept += [(_broken_off(record), slot) for record, slot in ended[len(self._unkept) :]]
             logger.error("spool_refused", error=str(error), records=len(self._unkept))
             return False
         self._unkept.clear()
+        _free(ended)
         return True
 
     def _broken(self, error: StoreUnavailable) -> None:
@@ -241,19 +281,29 @@ class Writer(threading.Thread):
     def _heal(self) -> None:
         try:
             self._database.connect()
-            self._database.own()
-            replayed = replay(self._database, self._spool)
-            if self._unkept:
-                batch.write(self._database, batch.Group(records=self._unkept))
-                replayed += len(self._unkept)
-                self._unkept.clear()
-            self._poll(self._database)
+            with self._database.limited(COMMIT_SECONDS):
+                self._database.own()
+            with self._database.limited(HEAL_SECONDS):
+                replayed = replay(self._database, self._spool)
+                if self._unkept:
+                    batch.write(self._database, batch.kept_aside([record for record, _ in self._unkept]))
+                    replayed += len(self._unkept)
+                    _free(self._unkept)
+                    self._unkept.clear()
+                self._poll(self._database)
         except (StoreLocked, OSError) as error:  # OSError: the spool cannot be read
             raise StoreUnavailable(str(error)) from error
         self.problem = None
         self._retry_seconds = _RETRY_SECONDS
         self.healthy = True
         logger.info("database_healed", records=replayed)
+
+
+def _free(ended: Sequence[Ended]) -> None:
+    """Their records are durable: the journal need not keep these calls any longer."""
+    for _, slot in ended:
+        if slot is not None:
+            slot.free()
 
 
 def _broken_off(record: UsageRecord) -> UsageRecord:
@@ -278,7 +328,7 @@ def replay(database: Database, spool: Spool) -> int:
     """Write what the spool holds into the database and empty it; returns the number of records it held."""
     held = 0
     for part in spool.read():
-        batch.write(database, batch.Group(records=part))
+        batch.write(database, batch.kept_aside(part))
         held += len(part)
     if spool.torn:
         logger.warning("spool_lines_torn", lines=spool.torn)

@@ -1,0 +1,1 @@
+"""What the appliance is made of, and what is known against it."""

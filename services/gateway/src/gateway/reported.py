@@ -1,0 +1,149 @@
+"""What an engine says that an answer cost, and what shows that it generated something. No I/O.
+
+Three dialects, one noun: `note` brings what was said into a `Usage`. Whatever an engine writes that is no usage
+(numbers as text, another shape) says nothing; it never fails a call.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from gateway.call import Usage
+
+FIELD = rb'"usage"\s*:\s*\{(?:[^{}]|\{[^{}]*\})*\}'
+_USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Said(msgspec.Struct):
+    """The union of the dialects' usage objects."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None
+    seconds: float | None = None  # transcriptions report the length of the audio
+
+
+class _Message(msgspec.Struct):
+    usage: Said | None = None
+
+
+class _Body(msgspec.Struct):
+    """A JSON answer, or the data of one event, as far as it concerns usage."""
+
+    usage: Said | None = None
+    message: _Message | None = None  # message_start
+    response: _Message | None = None  # response.completed
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """An event of an OpenAI stream, as far as it shows that tokens were generated."""
+
+    choices: list[_Choice] = []
+
+
+_chunk = msgspec.json.Decoder(_Chunk)
+_usage = msgspec.json.Decoder(Said)
+_body = msgspec.json.Decoder(_Body)
+
+# Whisper-style encoders make 50 positions of a second of audio; the engine reports seconds instead of tokens.
+AUDIO_TOKENS_PER_SECOND = 50
+
+
+def note(usage: Usage, said: Said) -> None:
+    """Take over what the engine said; a field that it left out keeps its value."""
+    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
+    completion = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
+    if prompt is None and said.total_tokens is not None:
+        prompt = said.total_tokens - (completion or 0)
+    if prompt is None and said.seconds is not None:
+        prompt = round(said.seconds * AUDIO_TOKENS_PER_SECOND)
+    if prompt is not None:
+        usage.prompt = prompt
+    if completion is not None:
+        usage.completion = completion
+    details = said.prompt_tokens_details or said.input_tokens_details
+    if details is not None and details.cached_tokens is not None:
+        usage.cached = details.cached_tokens
+    elif said.cache_read_input_tokens:
+        usage.cached = said.cache_read_input_tokens
+    usage.known = True
+
+
+def note_body(usage: Usage, body: bytes) -> bool:
+    """Read the usage of a whole JSON answer. Returns False if the body is no JSON at all."""
+    try:
+        said = _body.decode(body).usage
+    except msgspec.ValidationError:
+        return True  # JSON of another shape; it says nothing about usage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    if said is not None:
+        note(usage, said)
+    return True
+
+
+def note_tail(usage: Usage, tail: bytes) -> None:
+    """Read the usage near the end of a JSON answer that was too large to keep."""
+    said = last(tail)
+    if said is not None:
+        note(usage, said)
+
+
+def note_event(usage: Usage, event: bytes) -> None:
+    """Read the usage of one event of the Messages or the Responses dialect."""
+    try:
+        body = _body.decode(event.partition(b"data:")[2])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return
+    for part in (body, body.message, body.response):
+        if part is not None and part.usage is not None:
+            note(usage, part.usage)
+
+
+def last(data: bytes) -> Said | None:
+    """The usage that stands last in `data`."""
+    end = len(data)
+    while (at := data.rfind(b'"usage"', 0, end)) >= 0:  # the last one is nearly always the field
+        if found := _USAGE.match(data, at):
+            try:
+                return _usage.decode(found[1])
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                return None
+        end = at
+    return None
+
+
+def deltas(event: bytes) -> int:
+    """How many choices of one event of an OpenAI stream have something new."""
+    try:
+        choices = _chunk.decode(event.partition(b"data:")[2]).choices
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
+    new = 0
+    for choice in choices:
+        said = choice.delta or _Delta()
+        new += bool(choice.text or said.content or said.reasoning_content or said.reasoning or said.tool_calls)
+    return new
