@@ -47,6 +47,7 @@ class Clients:
         self.over = False
         self.ended: dict[str, int] = {}
         self.refused = 0
+        self.told_late = 0
         self.longest = 0.0
         self.tasks = [asyncio.create_task(self._run(number)) for number in range(count)]
 
@@ -64,7 +65,11 @@ class Clients:
                 await asyncio.sleep(0.01)
                 continue
             began = time.monotonic()
-            await self.made.end(call, number + 1, turn % 100)
+            try:
+                await self.made.end(call, number + 1, turn % 100)
+            except LedgerUnavailable:  # it waited too long for a database that hangs; its record is kept all the same
+                self.told_late += 1
+                self.made.close(call)
             self.longest = max(self.longest, time.monotonic() - began)
             self.ended[call.request_id] = number + 1 + turn % 100
 
@@ -104,8 +109,10 @@ async def prove(made, hang, go_on) -> None:
     )
     totals = (await made.store.read(lambda database: database.rows(read)))[0]
     assert [int(value) for value in totals] == [sum(clients.ended.values()), len(clients.ended), 0]
-    print(f"noticed after {noticed:.2f} s, the longest call waited {clients.longest:.2f} s")
-    assert clients.longest < 8
+    print(
+        f"noticed after {noticed:.2f} s, the longest call waited {clients.longest:.2f} s, {clients.told_late} told late"
+    )
+    assert clients.longest < writer.STALL_SECONDS + 5
 
 
 @needs_postgres
@@ -211,3 +218,25 @@ async def test_a_disk_that_hangs_keeps_nobody_waiting_and_loses_nothing(tmp_path
         await until("it heals", lambda: made.ledger.healthy)
         await made.end(calls[2])
         assert made.rows("SELECT COUNT(*), SUM(prompt_tokens) FROM usage_records WHERE outcome = 'ok'") == [(3, 30)]
+
+
+@needs_postgres
+async def test_a_server_that_stands_still_is_noticed_without_any_call(tmp_path, server):
+    async with stages(tmp_path, DATABASE_URL=server.database()) as made:
+        calls = [made.call() for _ in range(3)]
+        for call in calls:
+            await made.budget.hold(call)
+        try:
+            server.pause()
+            await until("it is noticed", lambda: not made.ledger.healthy, 8)
+            with pytest.raises(LedgerUnavailable):
+                await made.budget.hold(made.call())
+            async with asyncio.timeout(writer.STALL_SECONDS + 5):
+                for call in calls:
+                    await made.end(call)  # safe in the spool
+            assert made.store.aside == 3
+        finally:
+            server.resume()
+        await until("it heals", lambda: made.ledger.healthy, 30)
+        rows = await made.store.read(lambda database: database.rows("SELECT COUNT(*) FROM usage_records"))
+        assert rows == [(3,)]

@@ -202,3 +202,26 @@ def test_the_bills_of_materials_list_every_locked_package_and_are_the_same_each_
             if line[:1].isalnum() and "==" in line
         }
         assert len(listed) == len(lines)
+
+
+def test_debian_packages_are_listed_where_the_image_is_here_and_missed_aloud_where_not(tmp_path):
+    """A program named docker stands for Docker: it has one of our images."""
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    status = "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 2.41-12\n"
+    docker.write_text(
+        '#!/bin/sh\ncase "$*" in\n"image inspect appliance/gateway:dev") exit 0 ;;\n'
+        f'"run --rm --network none --entrypoint cat appliance/gateway:dev "*) printf %s "{status}" ;;\n*) exit 1 ;;\nesac\n'
+    )
+    docker.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.supply.bom", "--to", tmp_path / "out"],
+        cwd=ROOT, env={"PATH": f"{docker.parent}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    listed = json.loads((tmp_path / "out" / "gateway.cdx.json").read_text())
+    assert "pkg:deb/debian/libc6@2.41-12?arch=amd64" in {one.get("purl") for one in listed["components"]}
+    assert "appliance/init:dev is not built here" in done.stdout
+    assert "appliance/gateway:dev" not in done.stdout
+    told = json.loads((tmp_path / "out" / "init.cdx.json").read_text())["metadata"]["properties"]
+    assert {"name": "appliance:debian", "value": "not listed: the image is not on this machine"} in told

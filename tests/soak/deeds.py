@@ -60,7 +60,11 @@ class Deeds:
             "gateway restart": self.restart_gateway, "gateway kill": self.kill_gateway, "reload": self.reload,
         }  # fmt: skip
         ends = time.monotonic() + restarts_until
+        if not self.site.gateway.environment["DATABASE_URL"].startswith("sqlite"):
+            deeds.pop("backup")  # `make backup` leaves PostgreSQL to pg_dump
         for name, seconds in every.items():
+            if name not in deeds:
+                continue
             until = ends if name.startswith("gateway") else None
             self._tasks.append(asyncio.create_task(self._repeat(name, deeds[name], seconds, until)))
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TypedDict
 
+from gateway.store import Database, StoreUnavailable
 from tests.soak.site import Site
 
 
@@ -45,6 +46,14 @@ def _size(folder: Path, pattern: str) -> int:
     return total
 
 
+def _database(site: Site) -> int:
+    url = site.gateway.environment["DATABASE_URL"]
+    if url.startswith("sqlite"):
+        return _size(site.state, "*.sqlite3*")
+    with Database(url).session() as database:
+        return int(database.rows("SELECT pg_database_size(current_database())")[0][0])
+
+
 def _cpu(process: int) -> float:
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -70,14 +79,14 @@ def sample(site: Site, began: float) -> Sample | None:
             descriptors=len(os.listdir(f"/proc/{gateway}/fd")),
             threads=_status(gateway, "Threads"),
             series=_series(site),
-            database=_size(site.state, "*.sqlite3*"),
+            database=_database(site),
             log=site.gateway.log.stat().st_size,
             spool=_size(site.state, "spool*/**/*"),
             nginx_rss=sum(_status(one, "VmRSS") for one in edge) * 1024,
             nginx_descriptors=sum(len(os.listdir(f"/proc/{one}/fd")) for one in edge),
             cpu=_cpu(gateway),
         )
-    except (OSError, LookupError, http.client.HTTPException):
+    except (OSError, LookupError, http.client.HTTPException, StoreUnavailable):
         return None
 
 

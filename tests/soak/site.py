@@ -122,7 +122,7 @@ def site(folder: Path, wall: Wall, database: str | None = None) -> Iterator[Site
     """The whole site in `folder`; SQLite unless `database` (a DATABASE_URL) says otherwise."""
     folder.chmod(0o711)
     state, logs = folder / "state", folder / "logs"
-    state.mkdir()
+    (state / "spool").mkdir(parents=True)
     logs.mkdir()
     url = database or f"sqlite:///{state}/gateway.sqlite3"
     (port,) = edge_running.free_ports(1)

@@ -54,6 +54,11 @@ class Account:
         self.requests_rate = per_minute(limits.requests_per_minute) if limits.requests_per_minute else None
         self.tokens_rate = per_minute(limits.tokens_per_minute) if limits.tokens_per_minute else None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs, waits or is held on it."""
+        return not self.live and not self.waiting and not any(day.held for day in self._days.values())
+
     def day(self, name: str) -> Day:
         """The day `name` (ISO date). A call that runs past midnight settles into the day in which it began."""
         day = self._days.get(name)

@@ -63,6 +63,7 @@ class Budget:
         self._keys: dict[str, Account] = {}
         self._organisations: dict[str, Account] = {}
         self._addresses = Addresses(settings.ip_requests_per_minute) if settings.ip_requests_per_minute else None
+        self._deleted: set[str] = set()  # keys that are no more, until their accounts can be forgotten
         self._line = HoldLine(self._take, settings.queue_calls, settings.queue_seconds)
         self.live: dict[str, Call] = {}
         """Every call that holds something, by request id."""
@@ -297,7 +298,14 @@ class Budget:
             self._line.wake(account)
 
     def tick(self) -> None:
-        """Now and then: let waiting calls see a new day or a changed limit; end calls of keys that expired."""
+        """Now and then: let waiting calls see a new day or a changed limit; end calls of keys that expired; forget
+        what deleted keys have used."""
+        for key_id in tuple(self._deleted):
+            back = self._keyring.caller(key_id) is not None  # an older database was put in its place
+            if back or self._keys[key_id].idle:
+                self._deleted.discard(key_id)
+                if not back:
+                    del self._keys[key_id]
         self._line.wake_all()
         for call in tuple(self.live.values()):
             caller = call.caller
@@ -311,6 +319,8 @@ class Budget:
         account = self._keys.get(key_id)
         if account is None:
             return
+        if self._keyring.caller(key_id) is None:
+            self._deleted.add(key_id)
         for request_id in tuple(account.live):
             if (call := self.live.get(request_id)) is not None:
                 call.abort(cause)

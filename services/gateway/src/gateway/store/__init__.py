@@ -19,7 +19,7 @@ from gateway.call import Usage, UsageRecord
 from gateway.journal import Held, Journal, JournalFull, Slot
 from gateway.settings import Settings
 from gateway.spool import Spool
-from gateway.store import accounts, batch, recovery, reports
+from gateway.store import accounts, batch, recovery, reports, writer
 from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, journal_path, spool_folder
 from gateway.store.schema import migrate
 from gateway.store.writer import ENERGY, HOLDS, SETTLE, WORK, Writer, replay
@@ -90,17 +90,17 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._live = live
         self._next_sweep = time.monotonic() + _SWEEP_SECONDS
-        writer = Writer(self._database, self._spool, self._loop, self._open, self._poll, POLL_SECONDS)
+        thread = Writer(self._database, self._spool, self._loop, self._open, self._poll, POLL_SECONDS)
         self._watcher = self._loop.create_task(self._watch(), name="store-watch")
-        writer.start()
+        thread.start()
         try:
-            started, changes = await writer.opened
+            started, changes = await thread.opened
         except BaseException:
             self._watcher.cancel()
             self._journal.close()
             self._database.disown()
             raise
-        self._writer = writer
+        self._writer = thread
         self._on_keys(changes)
         return started  # type: ignore[no-any-return]
 
@@ -218,8 +218,8 @@ class Store:
     @property
     def healthy(self) -> bool:
         """Whether new calls can be recorded."""
-        writer = self._writer
-        return writer is not None and writer.healthy
+        thread = self._writer
+        return thread is not None and thread.healthy
 
     @property
     def problem(self) -> str | None:
@@ -271,19 +271,21 @@ class Store:
 
     def _poll(self, database: Database) -> None:
         """In the writer's thread: load keys that changed; now and then sweep."""
-        now = accounts.generation(database)
-        if now != self._generation:
-            # A smaller number: an older database was put in its place.
-            changes = accounts.changes_since(database, self._generation if now > self._generation else -1)
-            self._generation = now
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._on_keys, changes)
+        with database.limited(writer.COMMIT_SECONDS):
+            now = accounts.generation(database)
+            if now != self._generation:
+                # A smaller number: an older database was put in its place.
+                changes = accounts.changes_since(database, self._generation if now > self._generation else -1)
+                self._generation = now
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._on_keys, changes)
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_SECONDS
-            lost = recovery.settle_orphans(database, time.time(), live=self._live(), expired_only=True)
-            if lost:
-                logger.warning("holds_expired", calls=lost)
-            self._forget(database)
+            with database.limited(writer.WORK_SECONDS):
+                lost = recovery.settle_orphans(database, time.time(), live=self._live(), expired_only=True)
+                if lost:
+                    logger.warning("holds_expired", calls=lost)
+                self._forget(database)
 
     def _forget(self, database: Database) -> None:
         days = self._settings.usage_retention_days

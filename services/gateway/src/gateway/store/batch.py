@@ -1,7 +1,7 @@
 """The statements of one group commit: many calls' rows in a few statements.
 
 SQLite gives Python's lock away at every statement, and getting it back from a busy event loop costs more than the
-statement, so rows travel in multi-row statements, in chunks of fixed sizes that stay in the statement cache.
+statement, so rows travel in multi-row statements: one for a group of the usual size.
 """
 
 # ruff: noqa: S608 - only names of our own schema are put into statements; values are always parameters
@@ -23,7 +23,7 @@ from gateway.store.schema import HOLD_COLUMNS, TOTAL_COLUMNS, USAGE_COLUMNS
 HoldRow = tuple[Any, ...]  # in the order of HOLD_COLUMNS
 EnergyRow = tuple[str, str, float]  # day, key id, joules
 
-_CHUNKS = (64, 32, 16, 8, 4, 2, 1)
+_MOST_ROWS = 64  # of one statement: as many forms of it at most, all of which stay prepared
 
 
 def _marks(columns: int, rows: int) -> str:
@@ -64,13 +64,11 @@ def _add_totals(rows: int) -> str:
 
 
 def _in_chunks(run: Run, text: Callable[[int], str], rows: Sequence[Sequence[Any]]) -> int:
-    """Run `text(n)` over `rows`, n at a time; returns the number of changed rows."""
-    changed = start = 0
-    for size in _CHUNKS:
-        while len(rows) - start >= size:
-            part = rows[start : start + size]
-            changed += run(text(size), list(chain.from_iterable(part))).rowcount
-            start += size
+    """Run `text(n)` over `rows`, at most `_MOST_ROWS` at a time; returns the number of changed rows."""
+    changed = 0
+    for start in range(0, len(rows), _MOST_ROWS):
+        part = rows[start : start + _MOST_ROWS]
+        changed += run(text(len(part)), list(chain.from_iterable(part))).rowcount
     return changed
 
 
@@ -196,12 +194,10 @@ def extended(record: UsageRecord) -> str:
 def _known(run: Run, ids: Sequence[str]) -> dict[str, tuple[str, float]]:
     """Key and begin of those calls that the ledger has, by request id."""
     found: dict[str, tuple[str, float]] = {}
-    start = 0
-    for size in _CHUNKS:  # fixed sizes, so that the statements stay prepared
-        while len(ids) - start >= size:
-            for request_id, key_id, started_at in run(_find(size), ids[start : start + size]).fetchall():
-                found[request_id] = (key_id, started_at)
-            start += size
+    for start in range(0, len(ids), _MOST_ROWS):
+        part = ids[start : start + _MOST_ROWS]
+        for request_id, key_id, started_at in run(_find(len(part)), part).fetchall():
+            found[request_id] = (key_id, started_at)
     return found
 
 

@@ -62,7 +62,7 @@ class Database:
                 },
                 lock_type="IMMEDIATE",
                 timeout=busy_seconds,
-                cached_statements=256,
+                cached_statements=512,
             )
         else:
             self._database = peewee.PostgresqlDatabase(
@@ -199,7 +199,7 @@ class Database:
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """What is done inside has this long; then `cut_overdue` cuts the connection, and it fails.
+        """What is done inside has this long; then `cut_overdue` cuts the connection, and it fails. May be nested.
 
         A server that hangs keeps its sockets alive, and no timeout of its own can end a wait for it. A file is left
         alone: nothing can end a wait for a disk.
@@ -211,13 +211,17 @@ class Database:
             # A descriptor of our own: the driver may close its one, and the number may be somebody else's by then.
             own = socket.socket(fileno=os.dup(self._database.connection().fileno()))
         thread = threading.get_ident()
+        outer = self._limited.get(thread)
         with self._cutting:
             self._limited[thread] = (time.monotonic() + seconds, own)
         try:
             yield
         finally:
             with self._cutting:
-                del self._limited[thread]
+                if outer is None:
+                    del self._limited[thread]
+                else:
+                    self._limited[thread] = outer
             own.close()
 
     def cut_overdue(self) -> int:

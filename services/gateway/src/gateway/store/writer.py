@@ -30,6 +30,7 @@ _LARGEST_GROUP = 512
 _RETRY_SECONDS = 0.25
 _LONGEST_RETRY_SECONDS = 2.0
 COMMIT_SECONDS = 5.0  # what a group may take at PostgreSQL
+WORK_SECONDS = 8.0  # … and anything else that calls may have to wait for
 HEAL_SECONDS = 60.0  # a large spool takes a while
 STALL_SECONDS = 10.0  # after which nobody waits for a group any longer, wherever it hangs
 
@@ -158,14 +159,10 @@ class Writer(threading.Thread):
                 self._guarded(self._heal)
         elif now >= self._next_poll:
             self._next_poll = now + self._poll_seconds
-            self._guarded(self._look)
+            self._guarded(lambda: self._poll(self._database))
         self._busy_since = None
         self._current = []
         return running
-
-    def _look(self) -> None:
-        with self._database.limited(HEAL_SECONDS):
-            self._poll(self._database)
 
     def _guarded(self, work: Callable[[], Any]) -> BaseException | None:
         """Run `work`; whatever goes wrong, the thread lives on and admission stops until it is healed."""
@@ -230,7 +227,7 @@ class Writer(threading.Thread):
                 if not self._durable:
                     self._database.durable(True)
                     self._durable = True
-                with self._database.limited(HEAL_SECONDS):
+                with self._database.limited(WORK_SECONDS):
                     result = work(self._database)
             except GatewayError as error:  # the change was wrong, not the database
                 refusal = error
