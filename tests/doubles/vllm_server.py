@@ -39,7 +39,9 @@ from tests.doubles.vllm_options import arguments
 from tests.doubles.vllm_pooling import POOLING, detokenize, pool, tokenize
 from tests.doubles.vllm_validation import (
     FASTAPI,
+    ILL_FORMED,
     Refusal,
+    ill_formed,
     message_tokens,
     missing,
     parse,
@@ -121,7 +123,8 @@ class Double:
                 response = await answer(request, record, directive, body)
                 record.end("done")
                 return response
-            except Refusal as refusal:
+            except (Refusal, *ILL_FORMED) as error:
+                refusal = error if isinstance(error, Refusal) else ill_formed()
                 record.end("refused")
                 content: Any = refusal.body
                 told = refusal.body["error"]
@@ -147,10 +150,7 @@ class Double:
 
         async def handle(request: web.Request, record: Record, directive: Directive, raw: bytes) -> web.StreamResponse:
             body = self.parse(request, raw)
-            try:
-                prompts = count(body)
-            except (TypeError, AttributeError, ValueError):
-                raise Refusal("1 validation error:\n  Input should be valid", FASTAPI, 400, "body") from None
+            prompts = count(body)
             prompt = sum(prompts)
             limit = body.get(field) or body.get("max_tokens")
             if dialect is Messages and limit is None:

@@ -21,6 +21,15 @@ class Refusal(Exception):
         self.code = code
 
 
+# What the double's own code meets in a body that vLLM's models would not have let in.
+ILL_FORMED = (TypeError, AttributeError, ValueError, KeyError, IndexError, OverflowError, RecursionError)
+
+
+def ill_formed() -> Refusal:
+    """The complaint about such a body."""
+    return Refusal("1 validation error:\n  Input should be valid", FASTAPI, 400, "body")
+
+
 def missing(name: str) -> Refusal:
     """FastAPI's complaint about a field that is not there."""
     entry = {"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": "<dict>"}

@@ -13,11 +13,17 @@ from typing import Any
 import pytest
 from tests.doubles.engine_running import ROOT
 from tests.engine.conftest import RealEngine, real
+from tests.unit.test_engine_fit import GEMMA_27B, LLAMA_70B, MIXTRAL, QWEN_MOE
 
 from engine import command, fit, settings, shape
 
 GOLDEN = ROOT / "tests" / "golden" / "engine"
 pytestmark = pytest.mark.timeout(900)
+GEMMA = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "layer_types": ["full_attention" if number % 6 == 5 else "sliding_attention" for number in range(62)],
+}
 
 TELL = """
 import json, re, vllm.envs
@@ -26,7 +32,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 flags = sorted({flag for action in parser._actions for flag in action.option_strings})
 names = sorted(name for name in vllm.envs.environment_variables if name.startswith("VLLM_"))
-print(json.dumps({"flags": flags, "names": names}))
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+print(json.dumps({"flags": flags, "names": names, "methods": QUANTIZATION_METHODS}))
 """
 
 
@@ -82,7 +89,7 @@ def test_log_lines_are_json(engine: RealEngine) -> None:
 def test_fit_agrees_with_the_engine(engine: RealEngine, built: dict[str, str]) -> None:
     """One GiB of KV cache, the CPU build's blocks of 128 tokens."""
     config = json.loads((Path(built["MODEL_CACHE_DIR"]) / engine.model / "config.json").read_text())
-    said = fit.capacity(shape.read(config), fit.GIB, 8192, block=128)
+    said = fit.capacity(shape.read(config), fit.GIB, 8192, block=128, in_flight=fit.cpu_batch(1).in_flight)
     assert said.tokens == pytest.approx(kv_tokens(engine), rel=0.05)
 
 
@@ -94,6 +101,7 @@ def test_the_pinned_vllm_knows_all_that_we_say(built: dict[str, str]) -> None:
     truth = json.loads(told.stdout.splitlines()[-1])
     assert (GOLDEN / "vllm-flags.txt").read_text().splitlines() == truth["flags"]
     assert settings.vllm_names() == set(truth["names"])
+    assert settings.vllm_quantizations() == set(truth["methods"])
 
 
 @pytest.mark.long
@@ -103,9 +111,36 @@ def test_fit_agrees_for_other_families(family: str, built: dict[str, str], tmp_p
     config = json.loads((folder / "config.json").read_text())
     with real(tmp_path / "run", built, MODEL_NAME=str(folder), SERVED_MODEL_NAME="tiny") as running:
         running.ready()
-        step = int(re.findall(r"max_num_batched_tokens=(\d+)", running.log.read_text())[-1])
-        said = fit.capacity(shape.read(config), fit.GIB, 8192, block=128, step=step)
+        said = fit.capacity(shape.read(config), fit.GIB, 8192, block=128, in_flight=fit.cpu_batch(1).in_flight)
+        print(f"\n{family}: the engine has {kv_tokens(running)} tokens of KV cache, fit says {said.tokens}")
         assert said.tokens == pytest.approx(kv_tokens(running), rel=0.05)
+
+
+LARGE = {
+    "Llama 70B": (LLAMA_70B, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, 4, 1),
+    "Gemma 27B": (GEMMA_27B["text_config"], GEMMA, 2, 1),
+    "Gemma 27B, two steps in flight": (GEMMA_27B["text_config"], GEMMA, 2, 2),
+    "Mixtral 8x7B": (MIXTRAL, {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, 2, 1),
+    "Qwen3 30B-A3B": (QWEN_MOE, {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, 4, 1),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LARGE)
+def test_fit_agrees_with_vllms_own_plan_for_large_models(name: str, built: dict[str, str], tmp_path: Path) -> None:
+    """From their configurations alone: 20 GiB of cache, 8192 tokens a sequence, steps of 2048."""
+    config, kind, tp, steps = LARGE[name]
+    (tmp_path / "config.json").write_text(json.dumps({**config, **kind}))
+    maker = str(ROOT / "tests" / "doubles" / "engine_kv_plan.py")
+    argv = [f"{built['ENGINE_VENV']}/bin/python", "-I", "-W", "ignore", maker, str(tmp_path)]
+    numbers = [str(number) for number in (20, tp, 8192, 2048, steps)]
+    done = subprocess.run([*argv, *numbers], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    ours = fit.capacity(shape.read(config), 20 * fit.GIB, 8192, tp=tp, in_flight=2048 * steps)
+    print(f"\n{name}, TP {tp}: vLLM plans {theirs['tokens']} tokens, fit says {ours.tokens}")
+    assert ours.tokens == pytest.approx(theirs["tokens"], rel=0.05)
+    assert ours.sequences == pytest.approx(theirs["sequences"], rel=0.05)
 
 
 def tiny_model(family: str, built: dict[str, str], folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -41,15 +42,17 @@ def memory(gateway: GatewayProcess) -> float:
     return process_of(gateway).memory_info().rss / MEGABYTE
 
 
+@pytest.mark.parametrize("seconds", [0, pytest.param(60, marks=pytest.mark.long)])
 def test_a_reader_that_stops_costs_a_bounded_buffer_and_slows_only_itself(
-    gateway: GatewayProcess, engine: VllmDouble
+    gateway: GatewayProcess, engine: VllmDouble, seconds: int
 ) -> None:
-    """The engine would send 400 MB; a reader that takes nothing holds it back."""
+    """The engine would send 400 MB to each; a reader that takes nothing for `seconds` holds it back."""
     gateway.chat("double:tokens=200,token_bytes=2000", stream=True)
     before = memory(gateway)
     body = asking("chat", "tokens=4000,token_bytes=100000", stream=True)
     readers = [
-        Wire(gateway.port, PATHS["chat"], body, receive_buffer=4096, request_id=f"slow-reader-{n}") for n in range(5)
+        Wire(gateway.port, PATHS["chat"], body, receive_buffer=4096, request_id=f"slow-{seconds}-reader-{n}")
+        for n in range(5)
     ]
     sent = -1
 
@@ -59,14 +62,22 @@ def test_a_reader_that_stops_costs_a_bounded_buffer_and_slows_only_itself(
         return sent > 0 and sent == last
 
     wait_until("the engine is held back", stalled, 20.0, every=0.5)
-    quick = gateway.chat("double:tokens=50", stream=True)
+    ends = time.monotonic() + seconds
 
-    assert quick.body.endswith(b"[DONE]\n\n")
-    assert memory(gateway) - before < 5 * 8, "megabytes for five readers"
+    def long_enough() -> bool:
+        quick = gateway.chat("double:tokens=50", stream=True)
+        assert quick.body.endswith(b"[DONE]\n\n")
+        return time.monotonic() > ends
+
+    wait_until("the readers have not read for long enough", long_enough, seconds + 5.0, every=0.5)
+    more = memory(gateway) - before
+    print(f"five readers that stopped for {seconds} s: {more:+.1f} MB")
+    assert more < 5 * 8, "megabytes for five readers"
+    assert engine.state()["running"] == 5, "their calls go on"
     for reader in readers:
         reader.close("rst")
     at_rest(gateway, engine)
-    assert ledger(gateway, "slow-reader-0")["outcome"] == "cancelled"
+    assert ledger(gateway, f"slow-{seconds}-reader-0")["outcome"] == "cancelled"
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.long)])
@@ -96,7 +107,9 @@ def test_connect_and_drop_leaves_descriptors_threads_and_memory_where_they_were(
 
     wait_until("descriptors are as before", lambda: process.num_fds() <= before[0] + 5, 15.0)
     assert process.num_threads() <= before[1] + 1
-    assert memory(gateway) - before[2] < 8, "megabytes"
+    more = memory(gateway) - before[2]
+    print(f"{count} that connected and dropped: {process.num_fds() - before[0]:+d} descriptors, {more:+.1f} MB")
+    assert more < 8, "megabytes"
 
 
 # Random bodies, near to real ones
@@ -157,6 +170,7 @@ def test_ten_thousand_random_bodies(gateway: GatewayProcess, engine: VllmDouble)
     random_bodies(gateway, 10_000)
 
     at_rest(gateway, engine, seconds=3.0)
+    print(f"10,000 random bodies: {memory(gateway) - before:+.1f} MB")
     assert memory(gateway) - before < 16
     assert gateway.chat().status == 200
 

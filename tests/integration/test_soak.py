@@ -27,7 +27,7 @@ def prove(folder: Path, plan: run.Plan, name: str, database: str | None = None) 
     assert found["lives"] > 2, "the gateway was not restarted"
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_days_in_a_minute(tmp_path):
     prove(tmp_path, run.SHORT, "short")
 

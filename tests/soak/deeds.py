@@ -53,7 +53,8 @@ class Deeds:
         return Keys(made)
 
     def start(self, restarts_until: float, every: dict[str, float]) -> None:
-        """`every`: deed → seconds between two; restarts of the gateway end after `restarts_until` seconds."""
+        """`every`: deed → seconds between two; after `restarts_until` seconds the gateway is left alone, once
+        each way of ending it was tried."""
         deeds: dict[str, Callable[[], Awaitable[None]]] = {
             "keys": self.change_keys, "parallel keys": self.parallel_keys, "backup": self.backup,
             "engine restart": self.restart_engine, "engine kill": self.kill_engine, "engine hang": self.hang_engine,
@@ -81,7 +82,7 @@ class Deeds:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds * self._chance.uniform(0.6, 1.4)):
                     await self._over.wait()
-            if self._over.is_set() or (until is not None and time.monotonic() > until):
+            if self._over.is_set() or (until is not None and time.monotonic() > until and self.done[name]):
                 return
             await deed()
             self.done[name] += 1

@@ -25,6 +25,7 @@ from tests.soak.truth import Watcher
 
 MEGABYTE = 1_000_000
 DAY = 86_400
+LEAST_SAMPLES = 12
 ZONE = ZoneInfo(SETTINGS["QUOTA_TIMEZONE"])
 
 
@@ -50,7 +51,7 @@ class Plan:
 
 SHORT = Plan(
     seconds=42, day_seconds=14, rate=25, people=14, restarts_until=16, warm_seconds=8,
-    daily_tokens=600,
+    daily_tokens=400,
     every={"keys": 0.6, "parallel keys": 5, "backup": 6, "engine restart": 13, "engine kill": 15, "engine hang": 17,
            "gateway restart": 6, "gateway kill": 5, "reload": 12},
 )  # fmt: skip
@@ -78,7 +79,13 @@ async def soak(folder: Path, plan: Plan, database: str | None = None) -> dict[st
         callers.start()
         deeds.start(plan.restarts_until, plan.every)
         await asyncio.wait(watching, timeout=plan.seconds, return_when=asyncio.FIRST_EXCEPTION)
+        # Where starts are slow the last life began late: it gets its time all the same.
+        for _ in range(90):
+            if any(task.done() for task in watching) or len(steady(plan, sampler.samples)) >= LEAST_SAMPLES:
+                break
+            await asyncio.wait(watching, timeout=1, return_when=asyncio.FIRST_EXCEPTION)
         assert not any(task.done() for task in watching), "a watcher died"
+        samples = list(sampler.samples)
         await deeds.stop()
         await callers.stop()
         seconds = time.monotonic() - started
@@ -105,7 +112,7 @@ async def soak(folder: Path, plan: Plan, database: str | None = None) -> dict[st
             "problems": [*problems, *deeds.problems, *callers.seen.wrong],
         }
         judge_truth(result, plan, running, watcher, callers, deeds)
-        judge_growth(result, plan, sampler.samples)
+        judge_growth(result, plan, samples)
         judge_logs(result, running)
         return result
 
@@ -157,7 +164,7 @@ def judge_truth(
         problems.append(f"the key with {plan.daily_tokens} tokens a day had {quota}")
     if not callers.seen.codes["quota_exhausted"]:
         problems.append(f"no day's quota ever ended: {quota}")
-    if len(quota) < int(plan.seconds / plan.day_seconds):
+    if len(quota) < max(2, int(plan.seconds / plan.day_seconds) - 1):
         problems.append(f"the next day did not open the key again: {quota}")
     outcomes: dict[str, int] = {}
     for row in watcher.rows.values():
@@ -182,27 +189,30 @@ def _key_id(watcher: Watcher, name: str) -> str:
     return next(str(key) for key, known in watcher.query("SELECT id, name FROM keys") if known == name)
 
 
+def steady(plan: Plan, samples: list[Sample]) -> list[Sample]:
+    """The samples of the gateway's last life after its warm-up."""
+    whole = [s for s in samples if s["life"] == samples[-1]["life"]] if samples else []
+    return [s for s in whole if s["at"] > whole[0]["at"] + plan.warm_seconds]
+
+
 def judge_growth(result: dict[str, Any], plan: Plan, samples: list[Sample]) -> None:
     """The gateway's last life after its warm-up: what is flat, what is bounded."""
-    last = max(s["life"] for s in samples)
-    whole = [s for s in samples if s["life"] == last]
-    steady = [s for s in whole if s["at"] > whole[0]["at"] + plan.warm_seconds and s["at"] < plan.seconds]
-    problems = result["problems"]
-    if len(steady) < 10:
-        problems.append(f"only {len(steady)} samples of the gateway's last life")
+    problems, calm = result["problems"], steady(plan, samples)
+    if len(calm) < LEAST_SAMPLES:
+        problems.append(f"only {len(calm)} samples of the gateway's last life")
         return
-    third = len(steady) // 3
-    minutes = (steady[-1]["at"] - steady[0]["at"]) / 60
+    third = len(calm) // 3
+    minutes = (calm[-1]["at"] - calm[0]["at"]) / 60
     growth: dict[str, Any] = {"minutes": round(minutes, 1), "samples": len(samples)}
     for name in ("rss", "descriptors", "threads", "series", "database", "log", "nginx_rss", "nginx_descriptors"):
-        values = [float(s[name]) for s in steady]  # type: ignore[literal-required]
+        values = [float(s[name]) for s in calm]  # type: ignore[literal-required]
         growth[name] = {
             "first": statistics.median(values[:third]),
             "last": statistics.median(values[-third:]),
             "most": max(values),
-            "per hour": round(slope([(s["at"], float(s[name])) for s in steady]) * 3600, 1),  # type: ignore[literal-required]
+            "per hour": round(slope([(s["at"], float(s[name])) for s in calm]) * 3600, 1),  # type: ignore[literal-required]
         }
-    growth["cpu"] = round((steady[-1]["cpu"] - steady[0]["cpu"]) / (steady[-1]["at"] - steady[0]["at"]), 4)
+    growth["cpu"] = round((calm[-1]["cpu"] - calm[0]["cpu"]) / (calm[-1]["at"] - calm[0]["at"]), 4)
     result["growth"] = growth
     result["curve"] = [
         [round(s["at"]), s["life"], s["rss"], s["descriptors"], s["threads"], s["series"], s["database"]]

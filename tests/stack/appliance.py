@@ -16,6 +16,7 @@ from tests.stack.waiting import until
 REPOSITORY = Path(__file__).resolve().parents[2]
 STANDIN = REPOSITORY / "scripts" / "docker-standin"
 FILES = ("compose.yaml", "compose.cpu.yaml")
+NOTES: list[str] = []  # what a reader of the result must know; printed at the end of the run
 LEDGER_QUERY = """
 import json, sqlite3
 book = sqlite3.connect("file:/data/gateway.sqlite3?mode=ro", uri=True, timeout=30)

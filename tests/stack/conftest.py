@@ -5,9 +5,8 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from tests.stack.appliance import STANDIN, Appliance, DockerMissing, stand_ins, start_docker
-
-NOTES: list[str] = []
+from tests.stack.alarms import Alarms
+from tests.stack.appliance import NOTES, STANDIN, Appliance, DockerMissing, stand_ins, start_docker
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -33,10 +32,22 @@ def docker() -> Iterator[list[str]]:
         subprocess.run([STANDIN, "stop"], check=True, timeout=300)
 
 
+@pytest.fixture(scope="module")
+def alarms(appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alarms]:
+    """The product's alerts in haste, beside the appliance."""
+    one = Alarms(appliance, tmp_path_factory.mktemp("alarms"))
+    try:
+        one.listen()
+        yield one
+    finally:
+        one.remove()
+
+
 @pytest.fixture(scope="session")
 def appliance(docker: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     """The appliance, built from this checkout, serving, with one key."""
-    one = Appliance(left_out=docker)
+    own = tmp_path_factory.mktemp("certificates")  # the operator's own would lie here
+    one = Appliance(left_out=docker, settings={"CERTIFICATES_DIR": str(own)})
     try:
         if os.geteuid() == 0:
             one.give_ledger_a_disk(tmp_path_factory.mktemp("disk") / "ledger")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.stack.appliance import STANDIN, Appliance
@@ -85,6 +86,44 @@ def starve(appliance: Appliance, service: str) -> None:
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
     hog = "b = []\nwhile True: b.append(bytearray(b'x') * (1 << 26))"
     appliance.exec(service, "python3", "-c", hog, check=False, seconds=120)
+
+
+def replace_certificate(folder: Path, days: int) -> None:
+    """Puts a new pair where the operator's own belongs, the key first as an operator would; `days` it is valid."""
+    fresh = folder / "fresh"
+    fresh.mkdir()
+    words = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN=proof"
+    more = ("-addext", "subjectAltName=IP:127.0.0.1", "-days", str(days))
+    files = ("-keyout", str(fresh / "privkey.pem"), "-out", str(fresh / "fullchain.pem"))
+    subprocess.run(["openssl", *words.split(), *more, *files], check=True, capture_output=True)
+    for name in ("privkey.pem", "fullchain.pem"):
+        os.replace(fresh / name, folder / name)
+    fresh.rmdir()
+
+
+def silence_names(turns: list[Callable[[], object]]) -> float:
+    """Docker's daemon, which answers the containers' names, stands still during each turn, and breathes between them.
+
+    The moment at which it began (`time.monotonic()`).
+    """
+    daemon = engine_processes()[0]
+    struck = time.monotonic()
+    for turn in turns:
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            turn()
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+    return struck
+
+
+def engine_is_ours() -> bool:
+    """Whether Docker is the stand-in's: the machine's own is nobody's to stop."""
+    try:
+        engine_processes()
+    except OSError:
+        return False
+    return True
 
 
 def engine_processes() -> list[int]:

@@ -1,6 +1,7 @@
 """Callers that never stop, each noting what became of every call."""
 
 import itertools
+import secrets
 import threading
 import time
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from types import TracebackType
 
 from tests.stack.edge import Answer, Edge
 
+CANARY = f"Canary{secrets.token_hex(6)}"  # in every prompt, and in nothing that is written anywhere
 PAUSE_AFTER_FAILURE = 0.05  # seconds; an honest client would wait longer
 
 
@@ -60,7 +62,7 @@ class Load:
             number = next(self._numbers)
             call = Call(time.monotonic(), stream=number % 2 == 0)
             self.calls.append(call)
-            prompt = f"Call {number}: name a city."  # different prompts: no prefix cache hides the engine
+            prompt = f"Call {number}: name a city near {CANARY}."  # different prompts: no prefix cache hides the engine
             call.answer = self.edge.chat(prompt, tokens=self.tokens, stream=call.stream, seconds=150)
             call.ended = time.monotonic()
             if not call.whole:

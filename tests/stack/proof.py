@@ -1,6 +1,5 @@
 """One fault under load: what it cost the callers, whether the ledger is true, which alert spoke."""
 
-import http.client
 import json
 import time
 from collections import Counter
@@ -8,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.stack.alarms import Alarms
 from tests.stack.appliance import REPOSITORY, Appliance
+from tests.stack.leaks import leaks
 from tests.stack.load import Call, Load
 from tests.stack.waiting import until
 
@@ -31,44 +32,55 @@ class Proof:
 
 def inflict(
     appliance: Appliance,
+    alarms: Alarms,
     fault: str,
     harm: Callable[[], object],
     heal: Callable[[], object] | None = None,
+    *,
     within: float = 30,
     alert: str = "",
+    no_alert: str = "",
     harm_is_felt: Callable[[Load], object] | None = None,
+    longest: float | None = None,
 ) -> Proof:
     """Runs load, does `harm`, waits until it is felt, does `heal`, and states what happened.
 
     `under way` are the calls at the moment of the harm; lost are those of them whose caller got neither a whole answer
-    nor an honest refusal.
+    nor an honest refusal. `alert` (`Name` or `Name/component`) is the alert of the product's rules that must fire because
+    of the fault; `no_alert` says why none can.
 
     Fails when service is not back `within` seconds after the healing (after the harm, where nothing is healed by
-    hand), when the ledger and the callers disagree, when a secret is in a log, or when `alert` stays silent.
+    hand), when a call takes more than `longest` seconds, when the ledger and the callers disagree, when something secret
+    is in a log, a series or the database, or when `alert` was already firing or stays silent.
     """
+    assert bool(alert) != bool(no_alert), "say which alert speaks, or why none can"
+    if alert:
+        until(f"{alert} is silent before the fault", lambda: not alarms.fired(alert, time.time() - 3), 120)
     with Load(appliance.edge) as load:
         until("load is answered", lambda: len(load.whole_since(0)) >= 3, 120)
-        called = time.monotonic()
+        began, called = time.time(), time.monotonic()
         said = harm()
         # A harm that takes time to prepare says when it struck.
         struck = said if isinstance(said, float) else called
+        began += struck - called
         under_way = load.under_way(struck)
-        seen = ""
         if harm_is_felt:
             harm_is_felt(load)
         if alert and heal:
-            seen = until(f"alert {alert}", lambda: alert_state(appliance, alert), 240)
+            until(f"alert {alert} fires", lambda: alarms.fired(alert, began), 120)
         mended = time.monotonic() if heal else struck
         if heal:
             heal()
         until("service is back", lambda: steady(load, struck), within + 60)
         seconds = away(load, struck, mended)
-        if alert and not seen:
-            seen = until(f"alert {alert}", lambda: alert_state(appliance, alert), 120)
+        if alert:
+            until(f"alert {alert} fires", lambda: alarms.fired(alert, began), 120)
     assert seconds <= within, f"{fault}: back after {seconds:.1f} s, promised {within:.0f} s"
+    slow = [call for call in load.finished_since(struck) if longest and call.ended - call.began > longest]
+    assert not slow, f"{fault}: {len(slow)} calls took up to {max(c.ended - c.began for c in slow):.1f} s"
     difference = ledger_difference(appliance, load.calls)
     assert difference == 0, f"{fault}: the ledger and the callers differ by {difference} tokens"
-    assert appliance.key not in appliance.logs(), f"{fault}: the caller's key is in a log"
+    assert leaks(appliance, load.calls) == []
     proof = Proof(
         fault,
         round(seconds, 1),
@@ -76,7 +88,7 @@ def inflict(
         sum(call.lost for call in under_way),
         sum(1 for call in load.calls if call.answer.status in (429, 502, 503, 504)),
         difference,
-        f"{alert} ({seen})" if alert else "",
+        alert.replace("/", " of ") or f"none: {no_alert}",
     )
     keep(proof)
     return proof
@@ -126,21 +138,6 @@ def ledger_difference(appliance: Appliance, calls: list[Call]) -> int:
         if call.answer.status == 200 and call.answer.error not in ("", "ledger_unavailable"):
             assert record.get("outcome") != "ok", f"{call.answer.request_id} broke, booked as ok"
     return difference
-
-
-def alert_state(appliance: Appliance, name: str) -> str:
-    """`pending` or `firing` when Prometheus or its rules say so, else empty."""
-    host, _, port = appliance.prometheus.partition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=10)
-    try:
-        connection.request("GET", "/api/v1/alerts")
-        alerts = json.load(connection.getresponse())["data"]["alerts"]
-    except (OSError, http.client.HTTPException, ValueError):
-        return ""
-    finally:
-        connection.close()
-    states = {one["state"] for one in alerts if one["labels"]["alertname"] == name}
-    return "firing" if "firing" in states else "pending" if "pending" in states else ""
 
 
 def keep(proof: Proof, table: Path = TABLE) -> None:

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.stack.appliance import REPOSITORY, STANDIN, Appliance
+from tests.stack.appliance import NOTES, REPOSITORY, STANDIN, Appliance
 from tests.stack.edge import Edge
 from tests.stack.load import Load
 from tests.stack.proof import ledger_difference
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.timeout(3600), pytest.mark.long]
 
 def make(appliance: Appliance, verb: str, state: Path, repository: Path = REPOSITORY, **settings: str) -> str:
     """A verb as `make` runs it, on this appliance, with a state folder of its own; its output, whatever its status."""
+    started = time.monotonic()
     done = subprocess.run(
         [STANDIN, "exec", repository / "scripts" / verb],
         env={**os.environ, **appliance.settings, "MODE": "cpu", "APPLIANCE_STATE": str(state), **settings},
@@ -27,6 +29,8 @@ def make(appliance: Appliance, verb: str, state: Path, repository: Path = REPOSI
         text=True,
         timeout=1800,
     )
+    back = " BACK=1" if settings.get("BACK") else ""
+    NOTES.append(f"stack: make {verb}{back} took {time.monotonic() - started:.0f} s")
     return f"{done.stdout}{done.stderr}status {done.returncode}"
 
 
@@ -43,6 +47,9 @@ def test_backup_under_load_and_restore(appliance: Appliance, tmp_path: Path) -> 
         told = make(appliance, "backup", tmp_path, TO=str(target))
         assert told.endswith("status 0"), told
     assert ledger_difference(appliance, load.calls) == 0
+    broken = [call for call in load.calls if not call.whole]
+    assert not broken, f"{len(broken)} of {len(load.calls)} calls suffered from the backup: {broken[0]}"
+    NOTES.append(f"stack: {len(load.calls)} calls ran during the backup, all answered whole")
     after = appliance.create_key("after-backup")
     assert (known(appliance, before["secret"]), known(appliance, after["secret"])) == (200, 200)
 

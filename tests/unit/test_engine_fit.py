@@ -80,7 +80,7 @@ def test_layers_with_a_window_are_counted() -> None:
 
 def test_a_cache_without_windows_holds_its_bytes_worth_of_tokens() -> None:
     llama = shape.read(LLAMA_8B)
-    room = fit.capacity(llama, 10 * GIB, 8192)
+    room = fit.capacity(llama, 10 * GIB, 8192, in_flight=8192)
     assert room.tokens == pytest.approx(10 * GIB / (32 * 4096), rel=0.001)
     assert room.sequences == pytest.approx(room.tokens / 8192, rel=0.001)
 
@@ -88,7 +88,8 @@ def test_a_cache_without_windows_holds_its_bytes_worth_of_tokens() -> None:
 def test_windows_make_long_sequences_cheap() -> None:
     gemma = shape.read(GEMMA_27B)
     plain = shape.read({"text_config": GEMMA_27B["text_config"] | {"sliding_window": None}})
-    assert fit.capacity(gemma, 10 * GIB, 65536).sequences > 3 * fit.capacity(plain, 10 * GIB, 65536).sequences
+    windows, without = (fit.capacity(each, 10 * GIB, 65536, in_flight=2048).sequences for each in (gemma, plain))
+    assert windows > 3 * without
 
 
 @pytest.mark.parametrize(("tp", "fine"), [(1, True), (2, False), (3, True), (9, True), (4, False)])
@@ -112,15 +113,17 @@ def test_gpus_must_divide_the_heads(tp: int, fine: bool) -> None:
     ],
 )
 def test_known_pairs(config: dict[str, object], gib: int, tp: int, method: str, length: int, fits: bool) -> None:
-    assert fit.plan(shape.read(config), gib * GIB, tp, method, share=0.9, length=length).fits is fits
+    batch = fit.gpu_batch(gib * GIB, 1)
+    assert fit.plan(shape.read(config), gib * GIB, tp, method, share=0.9, length=length, batch=batch).fits is fits
 
 
 def advised(config: dict[str, object], gib: int, tp: int, method: str = "bf16", length: int | None = None) -> str:
     measured = shape.read(config)
     wanted_length = length or measured.longest
-    rows = fit.table(measured, gib * GIB, share=0.9, length=wanted_length)
-    wanted = fit.plan(measured, gib * GIB, tp, method, share=0.9, length=wanted_length)
-    return fit.advice(rows, wanted, measured, gib * GIB, 0.9, 2.0)
+    batch = fit.gpu_batch(gib * GIB, 1)
+    rows = fit.table(measured, gib * GIB, share=0.9, length=wanted_length, batch=batch)
+    wanted = fit.plan(measured, gib * GIB, tp, method, share=0.9, length=wanted_length, batch=batch)
+    return fit.advice(rows, wanted, measured, gib * GIB, share=0.9, element=2.0, batch=batch)
 
 
 def test_advice_names_the_smallest_change() -> None:
@@ -145,7 +148,8 @@ def test_what_is_no_text_model_says_so() -> None:
 def test_more_memory_never_holds_less(config: dict[str, object], less: float, more: float, length: int) -> None:
     measured = shape.read(config)
     low, high = sorted((less, more))
-    assert fit.capacity(measured, low * GIB, length).tokens <= fit.capacity(measured, high * GIB, length).tokens
+    held = [fit.capacity(measured, gib * GIB, length, in_flight=8192).tokens for gib in (low, high)]
+    assert held == sorted(held)
 
 
 @pytest.mark.parametrize(("given_", "tokens"), [(None, 100), ("auto", 100), ("32k", 32000), ("32K", 32768), ("77", 77)])

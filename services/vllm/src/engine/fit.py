@@ -19,6 +19,35 @@ WORTH_SEQUENCES = 1.0  # fewer than one sequence of full length, and vLLM refuse
 
 
 @dataclass(frozen=True)
+class Batch:
+    """How much vLLM computes at once."""
+
+    step: int  # tokens
+    sequences: int
+    steps: int  # at once
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens that are being computed, whose blocks a sliding window cannot give back yet."""
+        return self.step * self.steps
+
+
+def gpu_batch(memory: float, stages: int, step: int | None = None, sequences: int | None = None) -> Batch:
+    """What vLLM 0.32's API server takes on GPUs of `memory` bytes (`get_batch_defaults`), unless it is told.
+
+    It prepares one step while `stages` are computed. A100s with 80 GB take the smallest step too, which their size does
+    not tell: their figures here are on the safe side.
+    """
+    usual = (16384, 1024) if memory >= 160 * GIB else (8192, 1024) if memory >= 70 * GIB else (2048, 256)
+    return Batch(step or usual[0], sequences or usual[1], stages + 1)
+
+
+def cpu_batch(world: int, step: int | None = None) -> Batch:
+    """The same for the CPU build with `world` processes, which prepares nothing."""
+    return Batch(step or 2048 * world, 128 * world, 1)
+
+
+@dataclass(frozen=True)
 class Capacity:
     """What a KV cache of a given size holds."""
 
@@ -50,15 +79,15 @@ def block_bytes(shape: Shape, tp: int, block: int, element: float) -> float:
 
 
 def capacity(
-    shape: Shape, cache: float, length: int, *, tp: int = 1, block: int = 16, element: float = 2.0, step: int = 8192
+    shape: Shape, cache: float, length: int, *, in_flight: int, tp: int = 1, block: int = 16, element: float = 2.0
 ) -> Capacity:
-    """What `cache` bytes a GPU hold when sequences are `length` long and a step computes `step` tokens of one."""
+    """What `cache` bytes a GPU hold when sequences are `length` long and `in_flight` tokens are being computed."""
     blocks = int(cache // block_bytes(shape, tp, block, element))
     group = _group_layers(shape)
     full_layers = shape.layers - shape.window_layers
     needed = math.ceil(full_layers / group) * math.ceil(length / block)
     if shape.window_layers and shape.window is not None:
-        seen = min(shape.window - 1 + step, length)
+        seen = min(shape.window - 1 + in_flight, length)
         needed += math.ceil(shape.window_layers / group) * (math.ceil(seen / block) + 1)
     sequences = blocks / needed
     return Capacity(int(sequences * length), sequences)
@@ -81,8 +110,7 @@ def plan(
     *,
     share: float,
     length: int,
-    sequences: int = 256,
-    step: int = 8192,
+    batch: Batch,
     element: float = 2.0,
     weight_bytes: float | None = None,
 ) -> Plan:
@@ -90,30 +118,32 @@ def plan(
     total = shape.weight_bytes(method) if weight_bytes is None else weight_bytes
     weights = total / tp
     # Estimate: the widest layer of one step, and the logits of all sequences in four bytes.
-    beside = RUNTIME_BYTES + step * shape.hidden * 2 * 6 + sequences * shape.vocab / tp * 4
+    beside = RUNTIME_BYTES + batch.step * shape.hidden * 2 * 6 + batch.sequences * shape.vocab / tp * 4
     cache = memory * share - weights - beside
     problem = shape.divides(tp)
     room = Capacity(0, 0.0)
     if problem is None and cache <= 0:
         problem = f"the weights take {weights / GIB:.1f} GiB of {memory * share / GIB:.1f} GiB"
     elif problem is None:
-        room = capacity(shape, cache, length, tp=tp, element=element, step=step)
+        room = capacity(shape, cache, length, tp=tp, element=element, in_flight=batch.in_flight)
         if room.sequences < WORTH_SEQUENCES:
             problem = f"room for {room.tokens} tokens, less than one sequence of {length}"
     return Plan(tp, method, weights, beside, max(cache, 0.0), room, problem)
 
 
-def table(shape: Shape, memory: float, *, share: float, length: int, element: float = 2.0) -> list[Plan]:
+def table(shape: Shape, memory: float, *, share: float, length: int, batch: Batch, element: float = 2.0) -> list[Plan]:
     """The rows for 1, 2 and 4 GPUs under each quantization; a quantized checkpoint stays what it is."""
     methods: Sequence[str] = list(QUANTIZED)
     return [
-        plan(shape, memory, tp, method, share=share, length=length, element=element)
+        plan(shape, memory, tp, method, share=share, length=length, batch=batch, element=element)
         for tp in (1, 2, 4)
         for method in methods
     ]
 
 
-def advice(rows: Sequence[Plan], wanted: Plan, shape: Shape, memory: float, share: float, element: float) -> str:
+def advice(
+    rows: Sequence[Plan], wanted: Plan, shape: Shape, memory: float, *, share: float, element: float, batch: Batch
+) -> str:
     """One sentence: yes, or what to change, the smallest change first."""
     if wanted.fits:
         room = wanted.capacity
@@ -122,7 +152,11 @@ def advice(rows: Sequence[Plan], wanted: Plan, shape: Shape, memory: float, shar
         return f"no: TP_SIZE={reason}"
     cache = memory * share - wanted.weights - wanted.beside
     if cache > 0:
-        shorter = capacity(shape, cache, shape.longest, tp=wanted.tp, element=element).tokens // 1024 * 1024
+        shorter = (
+            capacity(shape, cache, shape.longest, in_flight=batch.in_flight, tp=wanted.tp, element=element).tokens
+            // 1024
+            * 1024
+        )
         if shorter >= 2048:
             return f"no: {wanted.problem}; set MAX_MODEL_LEN={shorter}"
     fitting = [row for row in rows if row.fits]

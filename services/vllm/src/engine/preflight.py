@@ -111,7 +111,8 @@ def _model(settings: Settings, there: Place) -> list[str]:
 def _host(settings: Settings, there: Place, measured: shape.Shape, length: int) -> list[str]:
     weights = sum(file.stat().st_size for file in there.model.glob("*.safetensors"))
     cache = settings.vllm_cpu_kvcache_space * fit.GIB
-    room = fit.capacity(measured, cache, length, tp=there.tp, block=128)
+    batch = fit.cpu_batch(there.tp * settings.pp_size, settings.max_num_batched_tokens)
+    room = fit.capacity(measured, cache, length, in_flight=batch.in_flight, tp=there.tp, block=128)
     if room.sequences < 1 and settings.max_model_len != "auto":
         possible = max(room.tokens // 128 * 128, 128)
         holds = f"{settings.vllm_cpu_kvcache_space} GiB hold {room.tokens} tokens, less than one sequence of {length}"

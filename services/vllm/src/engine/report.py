@@ -71,13 +71,13 @@ def judge(settings: Settings, model: Model, size: float) -> tuple[Plan, list[Pla
     method = "fp8" if "fp8" in asked else "awq" if any(word in asked for word in ("awq", "gptq")) else "bf16"
     # The checkpoint's own size says more than a formula, unless vLLM is to quantize it while loading.
     known = model.weight_bytes if model.weight_bytes and (model.shape.quantization or not asked) else None
+    batch = fit.gpu_batch(size, settings.pp_size, settings.max_num_batched_tokens, settings.max_num_seqs)
     wanted = fit.plan(
         model.shape, size * settings.pp_size, tp, method,  # stages split the layers: as one GPU of their sum
-        share=share, length=length, element=element, weight_bytes=known,
-        step=settings.max_num_batched_tokens or 8192, sequences=settings.max_num_seqs or 256,
+        share=share, length=length, batch=batch, element=element, weight_bytes=known,
     )  # fmt: skip
-    rows = fit.table(model.shape, size, share=share, length=length, element=element)
-    return wanted, rows, fit.advice(rows, wanted, model.shape, size, share, element)
+    rows = fit.table(model.shape, size, share=share, length=length, batch=batch, element=element)
+    return wanted, rows, fit.advice(rows, wanted, model.shape, size, share=share, element=element, batch=batch)
 
 
 def _print(settings: Settings, model: Model, size: float, wanted: Plan, rows: list[Plan], words: str) -> None:

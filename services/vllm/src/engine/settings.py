@@ -145,6 +145,16 @@ class Settings(BaseSettings):
                 raise ValueError("must be a number of tokens like 8192 or 32k, or auto")
         return value
 
+    @field_validator("quantization")
+    @classmethod
+    def _known_method(cls, value: str | None) -> str | None:
+        known = vllm_quantizations()
+        if value is not None and value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"possible: {', '.join(sorted(known))}"
+            raise ValueError(f"{value} is no quantization of this vLLM; {hint}")
+        return value
+
     @field_validator("speculative_config")
     @classmethod
     def _json(cls, value: str | None) -> str | None:
@@ -195,11 +205,7 @@ class Settings(BaseSettings):
             problems.append("VLLM_PORT and ENGINE_STATUS_PORT must differ")
         if self.engine_device == "cpu" and self.distributed_executor == "ray":
             problems.append("DISTRIBUTED_EXECUTOR=ray needs GPUs; the CPU build runs on one machine")
-        if (
-            self.quantization
-            and self.engine_device == "cpu"
-            and self.quantization in ("fp8", "modelopt", "bitsandbytes")
-        ):
+        if self.quantization and self.engine_device == "cpu" and self.quantization.startswith(("fp8", "modelopt")):
             problems.append(f"QUANTIZATION={self.quantization} needs a GPU; leave it out on CPU")
         problems += self._cluster_problems()
         if problems:
@@ -255,7 +261,16 @@ def _plain(value: Any) -> Any:
 
 def vllm_names() -> frozenset[str]:
     """The `VLLM_*` names that vLLM itself reads, recorded from the pinned version."""
-    text = (files("engine") / "vllm_environment.txt").read_text(encoding="utf-8")
+    return _recorded("vllm_environment.txt")
+
+
+def vllm_quantizations() -> frozenset[str]:
+    """The quantization methods that the pinned vLLM knows."""
+    return _recorded("vllm_quantizations.txt")
+
+
+def _recorded(name: str) -> frozenset[str]:
+    text = (files("engine") / name).read_text(encoding="utf-8")
     return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))
 
 

@@ -1,0 +1,115 @@
+"""What changes under a running appliance without breaking it: its certificate, its names, its clock. No call may notice."""
+
+import json
+import os
+import ssl
+import time
+from pathlib import Path
+
+import pytest
+from tests.doubles.stepped import SteppedClock, needs_compiler
+from tests.stack import harm
+from tests.stack.alarms import Alarms
+from tests.stack.appliance import FILES, Appliance
+from tests.stack.load import Load
+from tests.stack.proof import Proof, inflict
+from tests.stack.test_faults import needs_our_docker
+from tests.stack.waiting import until
+
+pytestmark = [
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(os.geteuid() != 0, reason="breaking what lies under the containers needs root"),
+]
+KEEPER = 90  # seconds: the keeper looks every minute, nginx every five seconds
+PATIENCE = 8.0  # seconds that a call may take while names are silent; a look-up alone would take ten
+
+
+def unnoticed(proof: Proof) -> None:
+    """No call failed, was refused or had to be made again."""
+    assert (proof.lost, proof.refused, proof.seconds_to_recover) == (0, 0, 0.0), proof
+
+
+def test_certificate_replaced_while_serving(appliance: Appliance, alarms: Alarms) -> None:
+    """The operator's new pair is served within a minute and a half; streams that run across the change go on."""
+    address = ("127.0.0.1", appliance.edge.port)
+    old = ssl.get_server_certificate(address)
+    folder = Path(appliance.settings["CERTIFICATES_DIR"])
+
+    def replaced() -> float:
+        struck = time.monotonic()
+        harm.replace_certificate(folder, days=1)
+        with Load(appliance.edge, callers=2, tokens=200) as streams:
+            until("the new certificate is served", lambda: ssl.get_server_certificate(address) != old, KEEPER)
+            seen = time.monotonic()
+            until("calls go on", lambda: len(streams.whole_since(seen)) >= 2, 60)
+            across = [call for call in streams.calls if call.began < seen < call.ended]
+        assert across, "no stream ran across the change"
+        assert all(call.whole for call in streams.calls), [c.answer.error for c in streams.calls if not c.whole]
+        return struck
+
+    proof = inflict(
+        appliance, alarms, "certificate: replaced (by one that ends tomorrow)", replaced,
+        within=0, alert="CertificateEnding/edge",
+    )  # fmt: skip
+    unnoticed(proof)
+    for name in ("privkey.pem", "fullchain.pem"):
+        (folder / name).unlink()  # the keeper goes back to one of its own
+
+
+@pytest.mark.parametrize(
+    ("how", "turns", "lasts"),
+    [pytest.param("not answered for 25 s", 1, 25.0), pytest.param("each answer 5 s late", 4, 5.0, marks=pytest.mark.long)],
+    ids=["silent", "late"],
+)  # fmt: skip
+def test_names_are_slow(appliance: Appliance, alarms: Alarms, how: str, turns: int, lasts: float) -> None:
+    """Neither nginx nor the gateway waits for Docker's names: calls in flight and new ones go on."""
+    needs_our_docker()
+
+    def turn() -> None:
+        began = time.monotonic()
+        # What is kept from an earlier look-up runs out (10 s), then more callers come than there are connections.
+        until("the names are old", lambda: time.monotonic() - began > lasts / 2, lasts)
+        with Load(appliance.edge, callers=8) as more:
+            until("it lasts", lambda: time.monotonic() - began > lasts, lasts * 2)
+        assert all(call.whole for call in more.calls), [c.answer for c in more.calls if not c.whole]
+        assert max(call.ended - call.began for call in more.calls) < PATIENCE
+
+    proof = inflict(
+        appliance, alarms, f"names: {how}", lambda: harm.silence_names([turn] * turns),
+        within=0, no_alert="no call feels it", longest=PATIENCE,
+    )  # fmt: skip
+    unnoticed(proof)
+
+
+@pytest.mark.long
+@needs_compiler
+def test_clock_stepped(appliance: Appliance, alarms: Alarms, tmp_path: Path) -> None:
+    """The gateway's time of day jumps by an hour and by a day, both ways (limits: tests/integration/test_clock_steps.py)."""
+    clock = SteppedClock(tmp_path, seen_as=Path("/clock"))
+    for path in (tmp_path, *tmp_path.iterdir()):
+        path.chmod(0o755)
+    more = {"services": {"gateway": {"environment": clock.environment, "volumes": [f"{tmp_path}:/clock:ro"]}}}
+    override = tmp_path / "clock.json"
+    override.write_text(json.dumps(more))
+    appliance.files = (*FILES, str(override))
+    again = ("up", "--detach", "--no-build", "--no-deps", "gateway")
+    appliance.compose(*again)
+    until("a call would be admitted", appliance.edge.ready, 60)
+    try:
+        for step in (3600, -3600, 86400, -86400):
+            proof = inflict(
+                appliance, alarms, f"clock: stepped by {'a day' if abs(step) > 3600 else 'an hour'}, {'on' if step > 0 else 'back'}",
+                lambda step=step: clock.step(step), lambda: clock.step(0),  # type: ignore[misc]
+                harm_is_felt=five_more, within=0, no_alert="no limit, lease or bill follows it",
+            )  # fmt: skip
+            unnoticed(proof)
+    finally:
+        appliance.files = FILES
+        appliance.compose(*again)
+        until("a call would be admitted", appliance.edge.ready, 60)
+
+
+def five_more(load: Load) -> None:
+    """Calls that begin after the step are answered."""
+    began = time.monotonic()
+    until("calls go on", lambda: len(load.whole_since(began)) >= 5, 60)
