@@ -20,7 +20,6 @@ from typing import Any
 from tests.bench import edge, engine, gateways, load, machine, report
 from tests.bench.machine import GATEWAY_CORE, LOAD_CORE, Process
 
-
 ONCE = os.environ.get("BENCH_ONCE", "litellm").split(",")  # so slow that one round says it all
 
 
