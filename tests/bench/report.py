@@ -146,6 +146,48 @@ def ratios(result: Round) -> str:
     return "\n".join(rows)
 
 
+def verdicts(result: Round) -> str:
+    """What is aimed at, what this run found, and whether that is enough, as Markdown."""
+    rows = ["| aimed at | this run | met |", "|---|---|---|"]
+
+    def row(aim: str, found: float, form: str, met: bool) -> None:
+        rows.append(f"| {aim} | {format(found, form)} | {'yes' if met else '**no**'} |")
+
+    def over(other: str, count: int, field: str) -> float:
+        measured = "ours" in names(result) and other in names(result) and count in counts(result)
+        return median(ratio(result, "ours", other, calls_of(count), field)) if measured else float("nan")
+
+    for other, least in (("smg", 1.2), ("vllm-router", 0.55), ("litellm", 80), ("plain", 8)):
+        found = over(other, 64, "calls_per_cpu_s")
+        row(
+            f"calls for a CPU second at 64 connections, against {other}: at least {least:g} ×",
+            found,
+            ".2f",
+            found >= least,
+        )
+    found = over("smg", 16, "calls_s")
+    row("calls/s at 16 connections, against smg: at least 0.9 ×", found, ".2f", found >= 0.9)
+    if "ours" not in names(result):
+        return "\n".join(rows)
+    if 16 in counts(result):
+        found = median(values(result, "ours", calls_of(16), "p99_ms"))
+        row("p99 at 16 connections: at most 5 ms", found, ".1f", found <= 5)
+    found = median(values(result, "ours", paced, "cpu_percent"))
+    row("256 streams at 50 events/s: under 55 % of a core", found, ".0f", found < 55)
+    for field, most in (("ttft_p50_ms", 1), ("ttft_p99_ms", 4)):
+        found = median(values(result, "ours", paced, field)) - median(values(result, "direct", paced, field))
+        row(f"added {field[5:8]} of the first byte: at most {most} ms", found, ".2f", found <= most)
+    broken = sum(
+        stream["wrong"] + stream["broken"]
+        for taken in result["rounds"]
+        for stream in taken.get("ours", {"streams": {}})["streams"].values()
+    )
+    row("bytes lost or changed: none", broken, ".0f", not broken)
+    found = result["idle"].get("ours", {}).get("kb", float("nan"))
+    row(f"{IDLE_STREAMS:,} silent streams: under 30 kB each", found, ".0f", found < 30)
+    return "\n".join(rows)
+
+
 def edge(result: Round) -> str:
     """This gateway behind nginx and TLS, as Markdown."""
     if not result.get("edge"):
@@ -256,6 +298,7 @@ def write(result: Round, docs: Path) -> None:
         "QUIET": f"{QUIET:g}",
         "IDLE": f"{IDLE_STREAMS:,}",
         "EDGE": edge(result),
+        "VERDICTS": verdicts(result),
         "ENGINE": at_the_engine(),
     }.items():
         text = text.replace("{{" + mark + "}}", value)
