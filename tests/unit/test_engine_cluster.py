@@ -27,7 +27,7 @@ PLACE = Place("gpu", "python3", Path("/models/m"), ("m",), 2, "eth1")
 
 def test_the_first_machine_opens_the_cluster_and_the_others_join_it() -> None:
     common = "python3 -m ray.scripts.scripts start --block --disable-usage-stats"
-    sizes = "--num-gpus=2 --object-store-memory=536870912"
+    sizes = "--num-gpus=2 --num-cpus=2 --object-store-memory=536870912"
     assert " ".join(cluster.argv(load(HEAD), PLACE)) == (
         f"{common} --node-ip-address=10.20.0.11 {sizes} --head --port=6379 --include-dashboard=false"
     )

@@ -53,7 +53,9 @@ def is_head(settings: Settings) -> bool:
 def argv(settings: Settings, place: Place) -> list[str]:
     """The command that makes this machine a node of the cluster, in the foreground."""
     words = [place.python, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    words += [f"--node-ip-address={settings.ray_node_address}", f"--num-gpus={gpus_each(settings, place.tp)}"]
+    gpus = gpus_each(settings, place.tp)
+    # vLLM's workers ask for GPUs alone; for every CPU that it is told of, Ray keeps an idle process.
+    words += [f"--node-ip-address={settings.ray_node_address}", f"--num-gpus={gpus}", f"--num-cpus={gpus}"]
     words.append(f"--object-store-memory={_STORE_BYTES}")
     if is_head(settings):
         return [*words, "--head", f"--port={settings.ray_port}", "--include-dashboard=false"]
