@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench import gateways, load, machine, report
+from tests.bench import edge, engine, gateways, load, machine, report
 from tests.bench.machine import GATEWAY_CORE, LOAD_CORE, Process
 
 
@@ -48,7 +48,9 @@ def run(names: list[str], rounds: int, seconds: float, connections: tuple[int, .
     """Start all, measure in turns, stop all."""
     double = Process("double", [str(machine.build("double")), "0"], LOAD_CORE, folder)
     targets: list[load.Target] = []
-    result: dict[str, Any] = {"machine": machine.describe(), "rounds": [], "start": {}, "idle": {}, "left_out": {}}
+    behind: Process | None = None
+    result: dict[str, Any] = {"machine": machine.describe(), "rounds": [], "start": {}, "idle": {}, "left_out": {},
+                              "edge": []}  # fmt: skip
     try:
         machine.wait_for("the double listens", lambda: double.log.read_text().strip().isdigit(), 10)
         upstream = int(double.log.read_text())
@@ -61,6 +63,9 @@ def run(names: list[str], rounds: int, seconds: float, connections: tuple[int, .
             target, result["start"][name] = start(name, upstream, folder)
             targets.append(target)
             load.calls(target, double, 16, 1)  # warm
+        ours = next((target for target in targets if target.name == "ours"), None)
+        if ours is not None and edge.NGINX is not None:
+            behind, https = edge.start(ours.port, folder)
         for number in range(rounds):
             order = list(targets)
             random.Random(number).shuffle(order)
@@ -68,6 +73,8 @@ def run(names: list[str], rounds: int, seconds: float, connections: tuple[int, .
             for target in order:
                 taken[target.name] = load.measure(target, double, connections, seconds)
                 print(report.line(number, target.name, taken[target.name]), flush=True)
+            if ours is not None and behind is not None:
+                result["edge"].append(edge.measure(ours, double, behind, https, connections, seconds))
             result["rounds"].append(taken)
             (machine.STATE / "results.json").write_text(json.dumps(result, indent=1))  # what there is, if it is stopped
         for target in targets[1:]:
@@ -76,6 +83,8 @@ def run(names: list[str], rounds: int, seconds: float, connections: tuple[int, .
             except TimeoutError as error:
                 result["idle"][target.name] = {"failed": str(error)}
     finally:
+        if behind is not None:
+            behind.stop()
         for target in targets[1:]:
             target.process.stop()
         double.stop()
@@ -91,8 +100,12 @@ def main() -> None:
     parser.add_argument("--connections", default="1,16,64,256")
     parser.add_argument("--keep", action="store_true", help="keep the gateways' folders (logs, databases)")
     parser.add_argument("--again", action="store_true", help="write the documents from the last run's figures")
+    parser.add_argument("--engine", action="store_true", help="only at the saturation of the real engine (minutes)")
     parser.add_argument("--no-docs", action="store_true", help="print only, leave docs/benchmarks.md as it is")
     options = parser.parse_args()
+    if options.engine or os.environ.get("BENCH_ENGINE"):
+        engine.main(machine.ROOT / "docs")
+        return
     if options.again:
         report.write(json.loads((machine.STATE / "results.json").read_text()), machine.ROOT / "docs")
         return

@@ -60,7 +60,7 @@ def _peer(program: str) -> str:
     return str(machine.STATE / "peers" / program / "bin" / program)
 
 
-def _ours(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:
+def ours(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Everything on; limits are high, so that each is computed and none refuses."""
     return [str(machine.ROOT / ".venv/bin/gateway"), "serve"], {
         "GATEWAY_PORT": str(port),
@@ -81,7 +81,7 @@ def _ours(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, 
 
 
 def _ours_stock(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:
-    argv, environment = _ours(port, upstream, folder)
+    argv, environment = ours(port, upstream, folder)
     return argv, {**environment, "GATEWAY_SERVER": "stock"}
 
 
@@ -145,7 +145,7 @@ ALL = {
         Gateway("nginx", "nginx `proxy_pass` (the limit)", _nginx, needs="nginx"),
         Gateway("vllm-router", "vllm-router 0.1.17 (Rust)", _vllm_router, program="vllm-router"),
         Gateway("smg", "smg 1.13.0 (Rust)", _smg, program="smg"),
-        Gateway("ours", "**this gateway, everything on**", _ours, health="/ready"),
+        Gateway("ours", "**this gateway, everything on**", ours, health="/ready"),
         Gateway("ours-stock", "this gateway on stock Hypercorn", _ours_stock, health="/ready"),
         Gateway("plain", "Quart on stock Hypercorn, features done the usual way", _plain),
         Gateway("litellm", "LiteLLM proxy 1.106.2 (Python)", _litellm, "/health/liveliness", False, "litellm"),

@@ -27,6 +27,7 @@ class Target:
     port: int
     process: Process
     exact: bool = True
+    scheme: str = "http"
 
 
 @dataclass
@@ -76,7 +77,7 @@ def calls(target: Target, double: Process, connections: int, seconds: float) -> 
     watch = Watch(target, double)
     out, load = _run(
         ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "20s", "-s", str(script),
-         f"http://127.0.0.1:{target.port}{PATH}"], seconds + 60,
+         f"{target.scheme}://127.0.0.1:{target.port}{PATH}"], seconds + 60,
     )  # fmt: skip
     used = watch.used(load)
     said = json.loads(out.strip().splitlines()[-1])

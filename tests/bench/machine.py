@@ -56,10 +56,10 @@ def answers(url: str, key: str | None = None) -> bool:
 
 
 class Process:
-    """A process tree on one core, with its log in a file."""
+    """A process tree on one core (None: on any), with its log in a file."""
 
     def __init__(
-        self, name: str, argv: list[str], core: int, folder: Path, environment: dict[str, str] | None = None
+        self, name: str, argv: list[str], core: int | None, folder: Path, environment: dict[str, str] | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -67,7 +67,7 @@ class Process:
         self.started = time.monotonic()
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                pinned(core, argv),
+                argv if core is None else pinned(core, argv),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.bench import engine, machine
 from tests.bench.gateways import ALL
 from tests.bench.load import IDLE_STREAMS
 
@@ -143,6 +145,35 @@ def ratios(result: Round) -> str:
     return "\n".join(rows)
 
 
+def edge(result: Round) -> str:
+    """This gateway behind nginx and TLS, as Markdown."""
+    if not result.get("edge"):
+        return "Not measured in this run."
+    rows = ["| connections | calls/s | p50 / p99 ms | CPU µs a call: gateway | nginx |", "|---|---|---|---|---|"]
+    for count in counts(result):
+        taken = [one[str(count)] for one in result["edge"]]
+        calm = [one for one in taken if one["others"] <= QUIET] or taken
+
+        def of(field: str, calm: list[Round] = calm) -> list[float]:
+            return [one[field] for one in calm]
+
+        rows.append(
+            f"| {count} | {spread(of('calls_s'))} | {median(of('p50_ms')):.2f} / {median(of('p99_ms')):.2f} "
+            f"| {spread(of('gateway_us'))} | {spread(of('cpu_us'))} |"
+        )
+    return "\n".join(rows)
+
+
+def at_the_engine() -> str:
+    """What `tests.bench.engine` found last, as Markdown."""
+    path = machine.STATE / "engine.json"
+    if not path.exists():
+        return "Not measured yet."
+    result = json.loads(path.read_text())
+    told = result["machine"]
+    return f"{told['time']}, load average {told['load_average']} at the start.\n\n{engine.table(result)}"
+
+
 def bars(title: str, unit: str, numbers: list[tuple[str, float]]) -> str:
     """A bar chart as SVG."""
     width, row = 760, 26
@@ -223,6 +254,8 @@ def write(result: Round, docs: Path) -> None:
         "LEFT_OUT": "; ".join(f"{name}: {why}" for name, why in result["left_out"].items()) or "nothing",
         "QUIET": f"{QUIET:g}",
         "IDLE": f"{IDLE_STREAMS:,}",
+        "EDGE": edge(result),
+        "ENGINE": at_the_engine(),
     }.items():
         text = text.replace("{{" + mark + "}}", value)
     (docs / "benchmarks.md").write_text(text)

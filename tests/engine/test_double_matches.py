@@ -9,12 +9,15 @@ import http.client
 import itertools
 import json
 import re
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from tests.doubles.vllm import VllmDouble
+from tests.doubles.vllm_openapi import recorded, trimmed
 
+pytestmark = pytest.mark.timeout(900)  # the first of these tests may wait for the engine's start
 ASK = [{"role": "user", "content": "one two three"}]
 USAGE = {"include_usage": True}
 RUNNING = {"include_usage": True, "continuous_usage_stats": True}
@@ -202,3 +205,18 @@ def test_the_pages_beside_it_are_alike(engine: Any, double: VllmDouble, path: st
         for page in told:
             page[1]["data"] = [{**json.loads(card), "permission": []} for card in page[1]["data"]]
     assert ours == real
+
+
+def test_the_recorded_description_of_vllms_routes_is_still_true(engine: Any):
+    """What random bodies are generated from; `trimmed` of the engine's own `/openapi.json`."""
+    version, document = (
+        json.loads(urllib.request.urlopen(f"{engine.url}{path}", timeout=30).read())
+        for path in ("/version", "/openapi.json")
+    )
+    now, then = trimmed(document, version=version["version"]), recorded()
+
+    assert then["info"] == now["info"]
+    assert {route: then["paths"][route] for route in now["paths"]} == now["paths"]
+    assert len(now["paths"]) == 7
+    schemas = then["components"]["schemas"]
+    assert {name: schemas[name] for name in now["components"]["schemas"]} == now["components"]["schemas"]

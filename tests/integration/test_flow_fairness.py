@@ -29,7 +29,10 @@ def engine() -> Iterator[VllmDouble]:
 
 @pytest.fixture
 def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
-    with GatewayProcess(VLLM_URL=engine.url, GATEWAY_API_KEYS=KEYS, ENGINE_CONCURRENCY=32, QUEUE_CALLS=512) as running:
+    # Waits of two minutes are allowed, so that also on a busy machine nobody is refused: it is about who goes next.
+    with GatewayProcess(
+        VLLM_URL=engine.url, GATEWAY_API_KEYS=KEYS, ENGINE_CONCURRENCY=32, QUEUE_CALLS=512, QUEUE_SECONDS=120
+    ) as running:
         yield running
 
 

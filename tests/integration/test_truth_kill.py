@@ -245,7 +245,7 @@ def test_what_was_read_before_a_kill_is_billed_to_the_token(tmp_path):
 
 
 def test_sqlite_survives_kills(tmp_path):
-    prove(f"sqlite:///{tmp_path}/gateway.sqlite3", tmp_path, 25, seed=1)
+    prove(f"sqlite:///{tmp_path}/gateway.sqlite3", tmp_path, 15, seed=1)
 
 
 @pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed (Debian: apt-get install postgresql)")

@@ -113,7 +113,11 @@ class Settings(BaseSettings):
         "sqlite:///gateway.sqlite3", description="Keys and ledger: sqlite:///file or postgresql://…"
     )
     spool_dir: str | None = Field(
-        None, description="Where usage is kept while the database refuses; default: beside the SQLite file."
+        None,
+        description=(
+            "Where usage is kept while the database refuses, and with PostgreSQL the calls under way; "
+            "default: beside the SQLite file, with PostgreSQL the working folder."
+        ),
     )
     quota_timezone: str = Field("UTC", description="Time zone whose midnight turns the daily quota.")
     usage_retention_days: int = Field(

@@ -27,6 +27,10 @@ from gateway.store.connection import Database, StoreLocked, StoreUnavailable
 
 SETTLE, HOLDS, ENERGY, WORK, STOP = range(5)
 _LARGEST_GROUP = 512
+# Where several calls end in one turn of the loop, more are about to: a moment of patience makes the groups larger, and
+# each group costs the event loop several hand-overs of Python's lock. A lone call never waits.
+_BUSY = 4
+_GATHER_SECONDS = 0.001
 _RETRY_SECONDS = 0.25
 _LONGEST_RETRY_SECONDS = 2.0
 COMMIT_SECONDS = 5.0  # what a group may take at PostgreSQL
@@ -183,6 +187,8 @@ class Writer(threading.Thread):
             items = self._queue.get(timeout=max(0.0, wake - time.monotonic()))
         except Empty:
             return []
+        if len(items) >= _BUSY:
+            time.sleep(_GATHER_SECONDS)
         while len(items) < _LARGEST_GROUP and items[-1][0] != STOP:
             try:
                 items += self._queue.get_nowait()
