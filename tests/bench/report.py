@@ -103,6 +103,7 @@ def table(result: Round) -> str:
         bad = sum(
             stream["wrong"] + stream["broken"]
             for taken in result["rounds"]
+            if name in taken
             for stream in taken[name]["streams"].values()
         )
         added = [
@@ -120,7 +121,7 @@ def table(result: Round) -> str:
             spread([median(values(result, name, paced, "cpu_us_event"))], ".1f"),
             f"{bad:,}",
             f"{start['start_seconds']:.1f}",
-            f"{start['rest_mb']:.0f} / {median([taken[name]['rss_mb'] for taken in result['rounds']]):.0f}",
+            f"{start['rest_mb']:.0f} / {median([taken[name]['rss_mb'] for taken in result['rounds'] if name in taken]):.0f}",
             f"{idle['kb']:.0f}" if "kb" in idle else "failed" if idle else "–",
         ]
         rows.append("| " + " | ".join(cells) + " |")
