@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -257,3 +258,18 @@ def revoke(gateway: GatewayProcess, engine: VllmDouble, by: str) -> float:
     counted = sum(by_id[s.request_id]["completion_tokens"] for s in streams)
     assert relayed <= usage["completion_tokens"] <= counted
     return max(stream.ended_at for stream in streams) - revoked_at
+
+
+def test_a_key_that_ends_while_its_answer_is_being_recorded_is_told_so(engine):
+    """The record waits for the database, the key expires meanwhile: an honest refusal, never an answer without a cause."""
+    with GatewayProcess(VLLM_URL=engine.url) as gateway:
+        ends = time.time() + 1.5
+        made = gateway.admin("POST", "/admin/keys", {"name": "short", "expires_at": ends}).json
+        lock = sqlite3.connect(f"{gateway.folder}/gateway.sqlite3", isolation_level=None, timeout=10)
+        lock.execute("BEGIN IMMEDIATE")
+        try:
+            answer = gateway.chat("double:tokens=3", made["secret"], max_tokens=3)
+        finally:
+            lock.execute("ROLLBACK")
+            lock.close()
+        assert (answer.status, answer.code) == (403, "key_expired")

@@ -56,7 +56,7 @@ SHORT = Plan(
            "gateway restart": 6, "gateway kill": 5, "reload": 12},
 )  # fmt: skip
 LONG = Plan(
-    seconds=3600, day_seconds=600, rate=22, people=14, restarts_until=780, warm_seconds=300,
+    seconds=3600, day_seconds=600, rate=22, people=14, restarts_until=780, warm_seconds=1500,
     daily_tokens=20_000,
     every={"keys": 2.5, "parallel keys": 30, "backup": 60, "engine restart": 170, "engine kill": 190,
            "engine hang": 150, "gateway restart": 100, "gateway kill": 90, "reload": 240},

@@ -126,6 +126,8 @@ class Callers:
         passing = (401, 403, 429, 502, 503, 504)
         if expected and answer.status not in (*expected, *passing):
             self.seen.wrong.append(f"{kind}: {answer.status} {data[:200]!r}")
+        if answer.status == 500:
+            self.seen.wrong.append(f"{kind}: a fault of ours: {data[:200]!r}")
         if answer.status >= 400:
             error = json.loads(data).get("error")
             if isinstance(error, dict):

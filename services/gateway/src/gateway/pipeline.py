@@ -111,7 +111,8 @@ class Pipeline:
                 call.outcome = call.outcome or Outcome.CANCELLED
                 raise
             task.uncancel()
-            if not call.settled:
+            # Revoked while its end was being recorded: what it cost stands, and its caller is told the cause.
+            if not call.settled or not client.started:
                 await self._fail(call, client, call.cause, scope)
         except Exception as error:  # the one place that turns a fault of ours into an answer
             self._telemetry.fault(call, error)
