@@ -23,8 +23,7 @@ Component = dict[str, Any]
 
 def tag(image: str) -> str:
     """An image's name as compose.yaml builds it."""
-    prefix = os.environ.get("APPLIANCE_PREFIX", "llm-appliance" if image == "engine-cpu" else "appliance")
-    return f"{prefix}/{image}:{os.environ.get('APPLIANCE_VERSION', 'dev')}"
+    return f"{os.environ.get('APPLIANCE_PREFIX', 'appliance')}/{image}:{os.environ.get('APPLIANCE_VERSION', 'dev')}"
 
 
 def python_component(package: Package) -> Component:
