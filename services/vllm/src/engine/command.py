@@ -94,6 +94,7 @@ def environment(settings: Settings, place: Place, base: Mapping[str, str], state
     # One volume holds what makes the second start faster than the first.
     env.setdefault("VLLM_CACHE_ROOT", str(state / "vllm"))
     env.setdefault("TRITON_CACHE_DIR", str(state / "triton"))
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(state / "inductor"))
     env.setdefault("FLASHINFER_WORKSPACE_BASE", str(state / "flashinfer"))
     env.setdefault("HF_HOME", str(state / "huggingface"))
     env.setdefault("XDG_CACHE_HOME", str(state / "cache"))
@@ -106,6 +107,9 @@ def environment(settings: Settings, place: Place, base: Mapping[str, str], state
         # Above the first-shape compilation, below vLLM's 300 s: the watchdog is the first to act, this is the second.
         env.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "180")
     else:
+        # vLLM 0.32 saves what it compiled for a CPU whole, and cannot load it again (no "finalize_loading"): so
+        # it compiled at every start. Without that the compiler's own cache serves, which is kept for each graph.
+        env.setdefault("VLLM_USE_AOT_COMPILE", "0")
         env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.vllm_cpu_kvcache_space)
         if place.tp > 1:
             # `auto` puts every rank on one core when there are few of them.
