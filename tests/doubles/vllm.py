@@ -6,6 +6,7 @@ with VllmDouble(api_key="k") as engine:
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
@@ -32,6 +33,15 @@ def wait_until(what: str, condition: Callable[[], Any], seconds: float = 10.0, e
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {seconds} s (last value: {value!r})")
         time.sleep(every)
+
+
+async def until(what: str, condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """`wait_until` for a test that runs on the loop itself."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {seconds} s")
+        await asyncio.sleep(0.01)
 
 
 class VllmDouble:

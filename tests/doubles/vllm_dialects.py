@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 Event = bytes
@@ -38,7 +39,7 @@ def usage(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
 
 
-class Answer:
+class Answer(ABC):
     """One generating answer. `counts` are the generated tokens of each choice, as reported to the caller."""
 
     fingerprint: str | None = None  # as with --fingerprint-mode none
@@ -83,8 +84,9 @@ class Answer:
         self.finish[choice] = finish
         return self.token_events(choice, text, finish)
 
+    @abstractmethod
     def token_events(self, choice: int, text: str, finish: str | None) -> list[Event]:
-        raise NotImplementedError
+        """What a token looks like in this dialect."""
 
     def end(self) -> list[Event]:
         """Events after the last token, without `terminal`."""
@@ -98,9 +100,9 @@ class Answer:
         """What vLLM sends when the engine fails in the middle; None: it breaks the connection."""
         return [data(error_body(message, "InternalServerError", 500)), b"data: [DONE]\n\n"]
 
+    @abstractmethod
     def body(self) -> dict[str, Any]:
         """The whole answer of a request without `stream`."""
-        raise NotImplementedError
 
 
 class Chat(Answer):

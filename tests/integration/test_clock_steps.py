@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from tests.doubles.gateway import Answer, GatewayProcess
-from tests.doubles.stepped import SteppedClock, needs_compiler
 from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.wall_clock import WallClock, needs_compiler
 
 from gateway.store import Database
 
@@ -17,8 +17,8 @@ pytestmark = needs_compiler
 
 
 @pytest.fixture
-def clock(tmp_path: Path) -> SteppedClock:
-    return SteppedClock(tmp_path)
+def clock(tmp_path: Path) -> WallClock:
+    return WallClock(tmp_path)
 
 
 def spend(gateway: GatewayProcess) -> int:
@@ -48,7 +48,7 @@ def spent(gateway: GatewayProcess) -> dict[str, int]:
         pytest.param(40 * DAY, id="40-days", marks=pytest.mark.long),
     ],
 )
-def test_a_day_that_was_spent_stays_spent(clock: SteppedClock, step: int) -> None:
+def test_a_day_that_was_spent_stays_spent(clock: WallClock, step: int) -> None:
     """Whatever days the clock visits meanwhile, and wherever the gateway was started."""
     with (
         VllmDouble(model="double") as engine,
@@ -71,7 +71,7 @@ def test_a_day_that_was_spent_stays_spent(clock: SteppedClock, step: int) -> Non
         assert sum(used.values()) == sum(r["prompt_tokens"] + r["completion_tokens"] for r in engine.requests())
 
 
-def test_what_runs_across_a_step_ends_well_and_the_minute_is_measured_by_another_clock(clock: SteppedClock) -> None:
+def test_what_runs_across_a_step_ends_well_and_the_minute_is_measured_by_another_clock(clock: WallClock) -> None:
     """A step neither opens a rate limit nor locks a key out; a lease is not over because the date is another."""
     settings = {"DEFAULT_REQUESTS_PER_MINUTE": 60, "HOLD_SECONDS": 2}
     with (
@@ -110,7 +110,7 @@ def test_what_runs_across_a_step_ends_well_and_the_minute_is_measured_by_another
             assert ids.count(whole.headers["x-request-id"]) == 1
 
 
-def test_keys_and_health_survive_a_step(clock: SteppedClock) -> None:
+def test_keys_and_health_survive_a_step(clock: WallClock) -> None:
     """The engine's health goes on by the other clock; a key's own end follows the new time."""
     with VllmDouble(model="double") as engine, GatewayProcess(VLLM_URL=engine.url, **clock.environment) as gateway:
         made = gateway.admin("POST", "/admin/keys", {"name": "short", "expires_at": time.time() + DAY})

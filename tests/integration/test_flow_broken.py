@@ -24,12 +24,6 @@ LIES = ["die_after={k}", "die_after={k},how=rst", "die_after={k},how=clean", "ga
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[VllmDouble]:
-    with VllmDouble() as double:
-        yield double
-
-
-@pytest.fixture(scope="module")
 def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
     # Every call here fails on purpose: the breaker, proved elsewhere, must not answer for the engine.
     with GatewayProcess(

@@ -31,12 +31,6 @@ PHASES: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[VllmDouble]:
-    with VllmDouble() as double:
-        yield double
-
-
-@pytest.fixture(scope="module")
 def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
     with GatewayProcess(VLLM_URL=engine.url, ENGINE_CONCURRENCY=PLACES) as running:
         yield running

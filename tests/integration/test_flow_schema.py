@@ -6,7 +6,6 @@ import contextlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -22,18 +21,6 @@ from tests.doubles.vllm_openapi import recorded
 
 MEGABYTE = 1024 * 1024
 OURS = {"/tokenize": "/v1/tokenize", "/detokenize": "/v1/detokenize"}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[VllmDouble]:
-    with VllmDouble() as double:
-        yield double
-
-
-@pytest.fixture(scope="module")
-def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
-    with GatewayProcess(VLLM_URL=engine.url) as running:
-        yield running
 
 
 def strategy(mode: GenerationMode) -> st.SearchStrategy[Any]:

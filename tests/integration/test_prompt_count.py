@@ -1,6 +1,5 @@
 """Near the end of a day's quota a prompt is counted by the engine, not bounded by its bytes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,18 +7,6 @@ from tests.doubles.gateway import GatewayProcess
 from tests.doubles.vllm import VllmDouble
 
 WORDS = [{"role": "user", "content": "honestly " * 300}]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[VllmDouble]:
-    with VllmDouble() as double:
-        yield double
-
-
-@pytest.fixture(scope="module")
-def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
-    with GatewayProcess(VLLM_URL=engine.url) as process:
-        yield process
 
 
 def new_key(gateway: GatewayProcess, **limits: Any) -> str:

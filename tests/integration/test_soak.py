@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from tests.doubles.edge_running import needs_nginx
 from tests.doubles.postgres import postgres, programs
+from tests.doubles.wall_clock import needs_compiler
 from tests.soak import run
-from tests.soak.wall import COMPILER
 
 RESULTS = Path(__file__).resolve().parents[2] / ".state" / "soak"
 pytestmark = [
     needs_nginx,
-    pytest.mark.skipif(COMPILER is None, reason="the fast clock needs a C compiler (Debian: apt-get install gcc)"),
+    needs_compiler,
 ]
 
 

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from tests.doubles.postgres import postgres, programs
 from tests.doubles.stages import stages
+from tests.doubles.vllm import until
 
 from gateway.call import Outcome
 from gateway.errors import LedgerUnavailable
@@ -27,16 +28,6 @@ def server():
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(writer, "COMMIT_SECONDS", 1.0)
-
-
-async def until(what: str, condition, seconds: float = 20.0) -> None:
-    """Wait for `condition`, named in the failure."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"never: {what}") from None
 
 
 class Clients:

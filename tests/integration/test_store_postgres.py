@@ -6,6 +6,7 @@ import time
 import pytest
 from tests.doubles.postgres import postgres, programs
 from tests.doubles.stages import SECRET, Stages, settings_for, stages
+from tests.doubles.vllm import until
 
 from gateway.call import Outcome, Usage
 from gateway.errors import LedgerUnavailable, QuotaExhausted
@@ -27,16 +28,6 @@ def server():
 @pytest.fixture
 def url(server):
     return server.database()
-
-
-async def until(what: str, condition, seconds: float = 10.0) -> None:
-    """Wait for `condition`, named in the failure."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"never: {what}") from None
 
 
 def test_migrations_once_also_when_two_start_together(url):

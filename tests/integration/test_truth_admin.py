@@ -5,25 +5,12 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from tests.doubles.gateway import ADMIN_KEY, KEY, GatewayProcess
 from tests.doubles.vllm import VllmDouble, wait_until
 
 LIMITS = ["requests_per_minute", "tokens_per_minute", "concurrency", "daily_tokens", "max_tokens"]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[VllmDouble]:
-    with VllmDouble(model="double") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
-    with GatewayProcess(VLLM_URL=engine.url) as gateway:
-        yield gateway
 
 
 def create(gateway: GatewayProcess, **fields: object) -> dict:

@@ -11,15 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import pytest
 from tests.doubles.gateway import ADMIN_KEY, KEY, GatewayProcess
 from tests.doubles.vllm import VllmDouble, wait_until
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[VllmDouble]:
-    with VllmDouble(model="double") as engine:
-        yield engine
 
 
 def ledger(gateway: GatewayProcess, sql: str, *parameters: Any) -> list[Any]:

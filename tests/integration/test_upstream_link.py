@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from tests.doubles.vllm import until
 
 from gateway.errors import UpstreamError
 from gateway.link import READ_BUFFER_BYTES
@@ -39,14 +40,6 @@ async def started(serve: Serve) -> tuple[asyncio.Server, str]:
 async def request(reader: asyncio.StreamReader) -> None:
     await reader.readuntil(b"\r\n\r\n")
     await reader.readexactly(2)
-
-
-async def until(what: str, true: Callable[[], bool]) -> None:
-    """Poll for a change that has no event of its own."""
-    async with asyncio.timeout(10):
-        while not true():
-            await asyncio.sleep(0.01)
-    assert true(), what
 
 
 @pytest.mark.parametrize("sort", ["lean", "session"])

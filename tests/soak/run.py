@@ -16,7 +16,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from tests.doubles.vllm import wait_until
-from tests.soak import wall
+from tests.doubles.wall_clock import WallClock
 from tests.soak.deeds import Deeds
 from tests.soak.sampling import Sample, Sampler, slope
 from tests.soak.site import HOLD_SECONDS, RETENTION_DAYS, SETTINGS, Site, site
@@ -67,7 +67,7 @@ async def soak(folder: Path, plan: Plan, database: str | None = None) -> dict[st
     """Run `plan` in `folder` and return what was measured and what was found wrong (`problems`, empty when all held)."""
     # The clock begins an hour before midnight where the quota's day turns, in a summer long before now.
     began = dt.datetime(2026, 6, 1, 23, 0, tzinfo=ZONE).timestamp()
-    clock = wall.compiled(folder, plan.factor, began)
+    clock = WallClock(folder, factor=plan.factor, began_wall=began)
     with contextlib.ExitStack() as stack:
         running = await asyncio.to_thread(stack.enter_context, site(folder, clock, database))
         keys = await asyncio.to_thread(Deeds.steady, running, plan.daily_tokens)

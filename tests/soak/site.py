@@ -12,8 +12,8 @@ from typing import IO, Any
 
 from tests.doubles import edge_running
 from tests.doubles.gateway import ADMIN_KEY, GatewayProcess
+from tests.doubles.wall_clock import WallClock
 from tests.soak.engine import JournalledDouble
-from tests.soak.wall import Wall
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARY = "canary-of-a-prompt"
@@ -39,8 +39,8 @@ SETTINGS: dict[str, Any] = {
 class Gateway(GatewayProcess):
     """Lives on one port over all its lives, and writes its log to a file instead of into this process."""
 
-    def __init__(self, wall: Wall, port: int, log: Path, **environment: Any) -> None:
-        preload = {**wall.environment(), "PYTHONPATH": str(ROOT / "services/gateway/src")}
+    def __init__(self, wall: WallClock, port: int, log: Path, **environment: Any) -> None:
+        preload = {**wall.environment, "PYTHONPATH": str(ROOT / "services/gateway/src")}
         hold = HOLD_SECONDS * wall.factor
         super().__init__(
             GATEWAY_PORT=port, HOLD_SECONDS=hold, HOME=str(self_home(log)), **SETTINGS, **preload, **environment
@@ -81,7 +81,7 @@ def _json(line: bytes) -> dict[str, Any]:
 class Site:
     """Everything that runs. `state` is the folder that must stay small; `logs` are every log written."""
 
-    wall: Wall
+    wall: WallClock
     engine: JournalledDouble
     gateway: Gateway
     edge: edge_running.Edge
@@ -118,7 +118,7 @@ def _words(line: bytes) -> list[str]:
 
 
 @contextlib.contextmanager
-def site(folder: Path, wall: Wall, database: str | None = None) -> Iterator[Site]:
+def site(folder: Path, wall: WallClock, database: str | None = None) -> Iterator[Site]:
     """The whole site in `folder`; SQLite unless `database` (a DATABASE_URL) says otherwise."""
     folder.chmod(0o711)
     state, logs = folder / "state", folder / "logs"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.doubles.stepped import SteppedClock, needs_compiler
+from tests.doubles.wall_clock import WallClock, needs_compiler
 from tests.stack import harm
 from tests.stack.alarms import Alarms
 from tests.stack.appliance import FILES, Appliance
@@ -85,7 +85,7 @@ def test_names_are_slow(appliance: Appliance, alarms: Alarms, how: str, turns: i
 @needs_compiler
 def test_clock_stepped(appliance: Appliance, alarms: Alarms, tmp_path: Path) -> None:
     """The gateway's time of day jumps by an hour and by a day, both ways (limits: tests/integration/test_clock_steps.py)."""
-    clock = SteppedClock(tmp_path, seen_as=Path("/clock"))
+    clock = WallClock(tmp_path, seen_as=Path("/clock"))
     for path in (tmp_path, *tmp_path.iterdir()):
         path.chmod(0o755)
     more = {"services": {"gateway": {"environment": clock.environment, "volumes": [f"{tmp_path}:/clock:ro"]}}}

@@ -6,22 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from tests.doubles.stages import Clock, Stages, settings_for, stages
+from tests.doubles.vllm import until
 
 from gateway.call import Outcome, Usage
 from gateway.errors import InvalidRequest, LedgerUnavailable, QueueFull
 from gateway.spool import Spool
 from gateway.stages.ledger import Ledger
 from gateway.store import batch
-
-
-async def until(what: str, condition, seconds: float = 10.0) -> None:
-    """Wait for `condition`, named in the failure."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        raise AssertionError(f"never: {what}") from None
 
 
 class Lock:

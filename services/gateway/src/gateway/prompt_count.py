@@ -12,6 +12,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import msgspec
+from loguru import logger
 
 from gateway.backends import TEMPLATE_TOKENS
 from gateway.errors import GatewayError
@@ -49,9 +50,12 @@ class PromptCounter:
         """What the chat template of `model` adds to one short message, in tokens; None: nobody could be asked."""
         letter = {"model": model, "messages": [{"role": "user", "content": "x"}]}
         status, count = await self._ask(backend, msgspec.json.encode(letter))
-        if count is None:
-            return TEMPLATE_TOKENS if status else None
-        return max(0, count - 1)
+        if count is not None:
+            return max(0, count - 1)
+        if not status:
+            return None
+        logger.bind(backend=backend.name, status=status).warning("template_not_counted")  # quotas keep a wider margin
+        return TEMPLATE_TOKENS
 
     async def count(self, call: Call) -> int | None:
         """The exact prompt of `call` in tokens, if an engine can tell."""

@@ -200,7 +200,9 @@ class Budget:
     def scarce(self, call: Call) -> bool:
         """Whether what is left of the day is so little that the exact length of the prompt matters."""
         caller, request = call.caller, call.request
-        if caller is None or request is None or not call.endpoint.metered:
+        assert caller is not None
+        assert request is not None
+        if not (caller.limits.daily_tokens or caller.organisation_daily_tokens) or not call.endpoint.metered:
             return False
         limits = [(caller.limits.daily_tokens, self._account(caller))]
         if caller.organisation is not None:
