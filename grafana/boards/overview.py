@@ -12,7 +12,7 @@ BOARD = Board(
             "Is it well",
             (
                 stat(
-                    "Answering",
+                    "Engines answering",
                     "Engines that the gateway finds healthy and uses. None: every call is refused.",
                     "sum(gateway_backend_up) or vector(0)",
                     steps=((None, RED), (1, GREEN)),
@@ -136,7 +136,7 @@ BOARD = Board(
                 lines(
                     "Tokens by model",
                     "Tokens a second that were settled, read (prompt) and written (completion).",
-                    Query("gateway:tokens:rate5m", "{{model}} {{direction}}"),
+                    Query('gateway:tokens:rate5m{model!=""}', "{{model}} {{direction}}"),
                     unit="short",
                     stacked=True,
                 ),

@@ -157,7 +157,7 @@ class Gateway:
         """Open the store, begin to watch engines. Raises what `Store.start` raises."""
         started = await self.store.start(lambda: frozenset(self.budget.live))
         await self.budget.start()
-        self.metrics.requests.labels("", "", Outcome.LOST).inc(started.lost)
+        self.metrics.requests.labels("other", "other", Outcome.LOST).inc(started.lost)
         self.registry.start()
         self.ledger.start(self.budget.tick)
         self.forward.start()
