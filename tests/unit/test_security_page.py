@@ -1,15 +1,18 @@
-"""docs/security.md claims; every claim names a test that exists."""
+"""docs/security.md and docs/comparison.md claim; every claim names a test that exists."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "security.md").read_text()
 CLAIM = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
-def test_every_test_that_the_page_names_exists() -> None:
-    claims = CLAIM.findall(PAGE)
+@pytest.mark.parametrize("page", ["security", "comparison"])
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    claims = CLAIM.findall((REPOSITORY / "docs" / f"{page}.md").read_text())
     assert len(claims) > 10
     for file, name in claims:
         source = (REPOSITORY / file).read_text()
