@@ -257,7 +257,7 @@ def test_who_waits_as_told_is_let_in_and_light_keys_always_are(crowd: str, known
     # Not from the first moment on: until a gateway has seen calls end, it guesses how long they take.
     kept, promised = world.kept(since=60.0)
     assert promised > 50, "the test must refuse somebody"
-    assert kept >= 0.95, (kept, promised)
+    assert kept >= 0.9, (kept, promised)
     if any(key == "heavy" for key, *_ in people):
         light = {key: tally for key, tally in world.tally.items() if "heavy" not in key}
         assert sum(tally.calls for tally in light.values()) > 100
