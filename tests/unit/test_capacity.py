@@ -133,6 +133,62 @@ async def test_a_light_key_finds_room_in_a_room_full_of_a_heavy_one() -> None:
 
 
 @virtual
+async def test_what_a_heavy_key_was_promised_does_not_shut_out_a_light_one() -> None:
+    """Half of the room waits, all of the rest and more is promised to the same key."""
+    room = capacity(engine_concurrency=1, queue_calls=8)
+    running = call("hog")
+    await room.enter(running)
+    tasks = [waiting(room, call("hog")) for _ in range(12)]
+    await settle_down()
+    assert [task.done() for task in tasks].count(True) == 4, "refused, and told to come back"
+    for task in tasks[4:8]:
+        task.cancel()
+    await asyncio.gather(*tasks[4:8], return_exceptions=True)
+    for entry in room.room.waiting()[4:]:
+        room.leave(entry.call)
+    assert room.waiting()["normal"] == 4
+
+    light = waiting(room, call("light"))
+    stranger = waiting(room, call("stranger"))
+    more = waiting(room, call("hog"))
+    await settle_down()
+
+    assert not light.done()
+    assert not stranger.done()
+    assert isinstance(more.exception(), QueueFull), "its own promises count against itself"
+    assert not any(task.done() for task in tasks[:4]), "and nobody had to leave"
+
+
+@virtual
+async def test_what_keys_were_promised_within_their_share_is_kept_from_newcomers() -> None:
+    room = capacity(engine_concurrency=1, queue_calls=4)
+    await room.enter(call("first"))
+    tasks = [waiting(room, call(f"key{n}")) for n in range(8)]
+    await settle_down()
+    assert [task.done() for task in tasks] == [False] * 4 + [True] * 4
+    room.leave(room.room.waiting()[0].call)
+
+    late = waiting(room, call("late"))
+    await settle_down()
+
+    assert isinstance(late.exception(), QueueFull), "the free place is promised to a key that has nothing"
+
+
+@virtual
+async def test_several_keys_that_fill_the_room_do_not_shut_out_another() -> None:
+    room = capacity(engine_concurrency=1, queue_calls=8)
+    await room.enter(call("hog"))
+    tasks = [waiting(room, call(("hog", "pig")[n % 2])) for n in range(8)]
+    await settle_down()
+
+    light = waiting(room, call("light"))
+    await settle_down()
+
+    assert not light.done()
+    assert [task.done() for task in tasks].count(True) == 1, "one of theirs had to leave"
+
+
+@virtual
 async def test_no_room_at_all_is_a_valid_size() -> None:
     room = capacity(engine_concurrency=1, queue_calls=0)
     await room.enter(call())

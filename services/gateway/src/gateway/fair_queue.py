@@ -16,6 +16,8 @@ import heapq
 from collections import OrderedDict
 from typing import Any
 
+from gateway.drain_rate import Pace
+
 Pool = tuple[Any, ...]  # the engines that can serve a call
 
 
@@ -50,7 +52,7 @@ class Ticket:
 class Account:
     """What one key was given in this class, in tokens for each unit of weight."""
 
-    __slots__ = ("calls", "key", "lines", "running", "tag", "version", "weight")
+    __slots__ = ("calls", "key", "lines", "pace", "running", "tag", "version", "weight")
 
     def __init__(self, key: str, weight: int) -> None:
         self.key = key
@@ -59,6 +61,7 @@ class Account:
         self.version = 0  # entries in heaps with another version are stale
         self.running = 0
         self.calls = 0  # that wait
+        self.pace: Pace | None = None  # at which calls that waited got places; kept by the room
         self.lines: dict[Pool, OrderedDict[int, Ticket]] = {}
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from gateway.fair_queue import FairQueue, Pool, Ticket
+from gateway.drain_rate import Pace
+from gateway.fair_queue import Account, FairQueue, Pool, Ticket
 
 RANKS = 3
-MARGIN = 1.5
+MARGIN = 2.0  # without it, equal keys would push each other out
 PATIENCE = 15.0  # a class gets at least one token in sixteen while it waits
 
 
@@ -43,14 +44,21 @@ class WaitingRoom:
         self._arrivals[ticket.number] = ticket
         self.calls += 1
         self.tokens += ticket.cost
-        self.classes[ticket.rank].add(ticket)
+        queue = self.classes[ticket.rank]
+        queue.add(ticket)
+        account = queue.accounts[ticket.key]
+        if account.pace is None:
+            account.pace = Pace()
+        account.pace.busy(now)
 
-    def remove(self, ticket: Ticket) -> None:
+    def remove(self, ticket: Ticket, now: float) -> None:
         """`ticket` leaves without a place."""
-        self.classes[ticket.rank].remove(ticket)
-        self._gone(ticket)
+        queue = self.classes[ticket.rank]
+        account = queue.accounts[ticket.key]
+        queue.remove(ticket)
+        self._gone(ticket, account, now)
 
-    def next(self, has_place: Callable[[Pool], bool]) -> Ticket | None:
+    def next(self, has_place: Callable[[Pool], bool], now: float) -> Ticket | None:
         """Take the call that goes next among those whose pool `has_place`; its cost is booked."""
         chosen: Ticket | None = None
         waiting: list[int] = []
@@ -68,8 +76,12 @@ class WaitingRoom:
             if rank > chosen.rank:
                 self._passed[rank] += chosen.cost
         self._passed[chosen.rank] = max(0.0, self._passed[chosen.rank] - PATIENCE * chosen.cost)
-        self.classes[chosen.rank].take(chosen)
-        self._gone(chosen)
+        queue = self.classes[chosen.rank]
+        account = queue.accounts[chosen.key]
+        queue.take(chosen)
+        if account.pace is not None:
+            account.pace.admitted(now)
+        self._gone(chosen, account, now)
         return chosen
 
     def _first(self, queue: FairQueue, has_place: Callable[[Pool], bool]) -> Ticket | None:
@@ -97,11 +109,12 @@ class WaitingRoom:
             return True
         return self.calls > 0 and self.tokens + cost > self.limit_tokens
 
-    def victim(self, ticket: Ticket, calls: int) -> Ticket | None:
-        """Who must leave a room of `calls` places so that `ticket` can come in, or None.
+    def victim(self, ticket: Ticket, mine: float, share: float) -> Ticket | None:
+        """Who gives way to `ticket`, or None. `mine` is what its key would hold, `share` what it may hold, both for a
+        unit of weight.
 
-        Any call of a worse class; in the same class only one of a key that holds more than `MARGIN` times its
-        share of the room, for a key that keeps within its own. Without a margin equal keys would push each other out.
+        Any call of a worse class; in the same class only one of a key that holds more than its share and `MARGIN`
+        times what the newcomer's key would, for a key that keeps within its own share.
         """
         for rank in range(RANKS - 1, ticket.rank - 1, -1):
             queue = self.classes[rank]
@@ -109,25 +122,31 @@ class WaitingRoom:
             if account is None or account.key == ticket.key:
                 continue
             if rank == ticket.rank:
-                share = self.share_of_room(ticket, calls)
-                if account.calls / account.weight <= MARGIN * share or not self.within_share(ticket, share):
+                held = account.calls / account.weight
+                if mine > share or held <= max(share, MARGIN * mine):
                     return None
             return queue.newest(account)
         return None
 
-    def share_of_room(self, ticket: Ticket, calls: int, strangers: int = 0) -> float:
-        """Places for a unit of weight if the keys that wait in this class, and `strangers`, shared `calls` places."""
-        queue = self.classes[ticket.rank]
-        weights = sum(account.weight for account in queue.accounts.values() if account.calls) + strangers
-        mine = queue.accounts.get(ticket.key)
-        if mine is None or not mine.calls:
-            weights += ticket.weight
-        return max(1.0, calls / weights)
+    def of(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
+        """How many calls of this key wait in this class, and how many of them get a place a second, where known."""
+        account = self.classes[ticket.rank].accounts.get(ticket.key)
+        if account is None or account.pace is None:
+            return 0, None
+        return account.calls, account.pace.measured(now)
 
-    def within_share(self, ticket: Ticket, share: float) -> bool:
-        """Whether the key would hold no more than `share` with this call."""
-        mine = self.classes[ticket.rank].accounts.get(ticket.key)
-        return ((mine.calls if mine is not None else 0) + 1) / ticket.weight <= share
+    def waiting_of(self, key: str, rank: int) -> int:
+        """How many calls of `key` wait in a class."""
+        account = self.classes[rank].accounts.get(key)
+        return account.calls if account is not None else 0
+
+    def share(self, ticket: Ticket, calls: int, others: Mapping[str, int]) -> float:
+        """Places for a unit of weight if this key, those that wait in its class and `others` (key and weight) shared
+        `calls` places; at least one."""
+        waiting = self.classes[ticket.rank].accounts.items()
+        weights = {**others, **{key: account.weight for key, account in waiting if account.calls}}
+        weights[ticket.key] = ticket.weight
+        return max(1.0, calls / sum(weights.values()))
 
     def late(self, now: float) -> Iterator[Ticket]:
         """Take out every call that has waited as long as it may."""
@@ -135,7 +154,7 @@ class WaitingRoom:
             ticket = next(iter(self._arrivals.values()))
             if ticket.entered + self.seconds > now:
                 return
-            self.remove(ticket)
+            self.remove(ticket, now)
             yield ticket
 
     def next_deadline(self) -> float | None:
@@ -146,18 +165,9 @@ class WaitingRoom:
         """Everyone, in order of arrival."""
         return list(self._arrivals.values())
 
-    def share(self, ticket: Ticket) -> float:
-        """Tokens that will be served before a call like `ticket`, if it began to wait now, by fair sharing."""
-        ahead = sum(queue.tokens for queue in self.classes[: ticket.rank])
-        queue = self.classes[ticket.rank]
-        mine = queue.accounts.get(ticket.key)
-        own = sum(t.cost for line in mine.lines.values() for t in line.values()) if mine is not None else 0.0
-        weights = sum(account.weight for account in queue.accounts.values() if account.calls)
-        if mine is None or not mine.calls:
-            weights += ticket.weight
-        return ahead + min(queue.tokens, own * weights / ticket.weight)
-
-    def _gone(self, ticket: Ticket) -> None:
+    def _gone(self, ticket: Ticket, account: Account, now: float) -> None:
+        if not account.calls and account.pace is not None:
+            account.pace.idle(now)
         del self._arrivals[ticket.number]
         self.calls -= 1
         self.tokens -= ticket.cost

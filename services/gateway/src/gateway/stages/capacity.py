@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gateway.call import Priority
-from gateway.drain_rate import DrainRate, Promises
+from gateway.drain_rate import DrainRate
 from gateway.errors import NoBackend, QueueFull, QueueTimeout
 from gateway.fair_queue import Ticket
+from gateway.promises import Promises
 from gateway.waiting_room import WaitingRoom
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ RANK = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 PRIORITIES = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
 LEARNING = 0.05  # weight of the newest call in what is expected of the next
 FIRST_OUTPUT_GUESS = 256.0  # tokens of an answer that nothing bounds, until some have been seen
-RESERVE_PART, RESERVE_SECONDS = 4, 10.0  # a quarter of the room
 _MARKED_BYTES = 2048
-ROOM_SHARE = 0.8  # of the longest wait: who would wait longer is told at once
+ROOM_SHARE = 0.8  # of the longest wait: a newcomer who would wait longer is told at once; a promise has the rest too
 
 Choose = Callable[[Sequence["Backend"], int | None, float], "Backend"]
 
@@ -54,7 +54,6 @@ class Capacity:
         self._promises = Promises()
         self._typical_output = FIRST_OUTPUT_GUESS  # tokens of one generated sequence
         self._calibration = 1.0  # what calls cost, to what was expected
-        self._reserve_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         registry.on_change = self.pump
 
@@ -143,51 +142,50 @@ class Capacity:
             raise error
 
     def _join(self, ticket: Ticket, now: float) -> None:
-        """Begin to wait, or raise: no engine, no room, or a wait that would be too long."""
+        """Begin to wait, or raise: no engine, no room, or a wait that would be too long.
+
+        The room is as large as it drains in time: for everybody, and within that for each key. What was promised is
+        kept free in it, except that nobody's promises beyond its share shut out a key that keeps within its own.
+        """
         if not any(backend.available(now) for backend in ticket.pool):
             raise self._no_backend(ticket.pool)
-        room = self.room
-        rate = self._rate.calls_per_second(now)
-        bound = room.limit_calls
-        if self._rate.measured:
-            bound = max(1, min(bound, int(rate * self._seconds * ROOM_SHARE))) if bound else 0
-        promised = self._promises.keep(ticket.key, _mark(ticket.call), now)
-        bound = self._bound_for(ticket, bound, now)
-        held = 0 if promised or room.calls * 2 < bound else self._promises.outstanding(now)
-        if (full := room.full(ticket.cost, bound)) or room.calls + held >= bound:
-            victim = room.victim(ticket, bound)
-            if victim is None:
-                if promised:
-                    self._promises.broke()
-                raise self._refusal(ticket, rate, now)
-            if full:  # else only promised places are left, and one is lent to a key that has few
-                if room.tokens - victim.cost + ticket.cost > room.limit_tokens:
-                    raise self._refusal(ticket, rate, now)
-                room.remove(victim)
-                self._wake(victim, self._refusal(victim, rate, now))
-                self._promises.broke()
-                self._reserve_until = now + RESERVE_SECONDS
+        room, promises = self.room, self._promises
+        kept = promises.keep(ticket.key, _mark(ticket.call), now)
+        seconds = self._seconds if kept else self._seconds * ROOM_SHARE
+        places = _places(room.limit_calls, self._rate.measured(now), seconds)
+        waiting, pace = room.of(ticket, now)
+        own, promised = (0, 0) if kept else (promises.of(ticket.key), promises.outstanding(now))
+        if _taken(waiting, own, _places(places, pace, seconds)):
+            raise self._refusal(ticket, now)
+        if room.full(ticket.cost, places) or _taken(room.calls, promised, places):
+            self._squeeze_in(ticket, (waiting + own + 1) / ticket.weight, places, now)
         room.add(ticket, now)
         self._rate.busy(now)
 
-    def _bound_for(self, ticket: Ticket, bound: int, now: float) -> int:
-        """The room as large as it is for this key.
+    def _squeeze_in(self, ticket: Ticket, mine: float, places: int, now: float) -> None:
+        """Make room where all `places` are taken or promised, or raise. `mine` is what the key would hold and have been
+        promised then, for a unit of weight."""
+        room = self.room
+        full = room.full(ticket.cost, places)
+        share = room.share(ticket, places, self._promises.weights())
+        if not full and mine <= share:
+            due = self._promises.within(share, lambda key: room.waiting_of(key, ticket.rank))
+            if not _taken(room.calls, due, places):
+                return
+        victim = room.victim(ticket, mine, share)
+        if victim is None or (full and room.tokens - victim.cost + ticket.cost > room.limit_tokens):
+            raise self._refusal(ticket, now)
+        if full:  # else there is a place, promised to somebody else: whoever would have given way keeps its own
+            room.remove(victim, now)
+            self._wake(victim, self._refusal(victim, now))
 
-        Once a call had to be pushed out, a part of the room is kept for keys that hold little, for a while: pushing out
-        breaks what was promised, so it should not have to happen again.
-        """
-        if now >= self._reserve_until:
-            return bound
-        smaller = bound - bound // RESERVE_PART
-        if not self.room.within_share(ticket, self.room.share_of_room(ticket, bound, strangers=1)):
-            return smaller
-        if self.room.calls >= smaller:
-            self._reserve_until = now + RESERVE_SECONDS
-        return bound
+    def _refusal(self, ticket: Ticket, now: float) -> QueueFull:
+        return QueueFull("The waiting room is full.", retry_after=self._promise(ticket, now), limit="queue_calls")
 
-    def _refusal(self, ticket: Ticket, rate: float, now: float) -> QueueFull:
-        wait = self._promises.make(ticket.key, _mark(ticket.call), rate, now)
-        return QueueFull("The waiting room is full.", retry_after=wait, limit="queue_calls")
+    def _promise(self, ticket: Ticket, now: float) -> float:
+        """Seconds after which there will be room for this call, promised."""
+        rate, (_, pace) = self._rate.calls_per_second(now), self.room.of(ticket, now)
+        return self._promises.make(ticket.key, _mark(ticket.call), ticket.weight, rate, pace, now)
 
     def _no_backend(self, pool: Sequence[Backend]) -> NoBackend:
         wait = self._registry.seconds_to_recovery(tuple(pool))
@@ -212,14 +210,14 @@ class Capacity:
                 free = found[pool] = [backend for backend in pool if backend.free(now)]
                 return bool(free)
 
-            ticket = room.next(has_place)
+            ticket = room.next(has_place, now)
             if ticket is None:
                 break
-            self._rate.admitted(ticket.cost, now)
+            self._rate.admitted(now)
             self._grant(ticket, free_of[ticket.pool], now)
             self._wake(ticket, None)
         if not room.calls:
-            self._rate.idle()
+            self._rate.idle(now)
 
     def reroute(self, call: Call, elsewhere: bool = False) -> Backend | None:
         """Move a call whose engine failed before its first byte; the engine to try next, or None.
@@ -252,18 +250,18 @@ class Capacity:
             return
         call.grant = None
         ticket.waiter = None
-        if ticket.granted is None:
-            self.room.remove(ticket)
-            if not self.room.calls:
-                self._rate.idle()
-            return
         now = self._clock()
+        if ticket.granted is None:
+            self.room.remove(ticket, now)
+            if not self.room.calls:
+                self._rate.idle(now)
+            return
         usage = call.usage
         used = float(usage.total) if usage.known else ticket.cost
         self.room.settle(ticket, used)
         self._rate.left(ticket.granted)
         if usage.known:  # a call that failed says nothing about how long calls take
-            self._rate.served(now - ticket.granted, used)
+            self._rate.served(now - ticket.granted)
             # Against the guess as it was before calibration: a call may have waited while that changed.
             ratio = min(4.0, max(0.1, used * ticket.calibration / ticket.cost))
             self._calibration += (ratio - self._calibration) * LEARNING
@@ -283,15 +281,15 @@ class Capacity:
     def _expire(self) -> None:
         self._timer = None
         now = self._clock()
-        rate = self._rate.calls_per_second(now)
         for ticket in self.room.late(now):
             if any(backend.available(now) for backend in ticket.pool):
-                beyond = self.room.share(ticket) / self._rate.tokens_per_second(now) - self._seconds * ROOM_SHARE
-                wait = self._promises.make(ticket.key, _mark(ticket.call), rate, now, at_least=beyond)
                 message = f"No place became free within {self._seconds:g} s."
+                wait = self._promise(ticket, now)
                 self._wake(ticket, QueueTimeout(message, retry_after=wait, limit="queue_seconds"))
             else:
                 self._wake(ticket, self._no_backend(ticket.pool))
+        if not self.room.calls:
+            self._rate.idle(now)
         self._set_timer()
 
     def close(self) -> None:
@@ -326,6 +324,17 @@ class Capacity:
 
     def __repr__(self) -> str:
         return f"<Capacity {self.room!r} {' '.join(map(repr, self._registry.backends))}>"
+
+
+def _places(most: int, rate: float | None, seconds: float) -> int:
+    """How many of `most` calls may wait, if they get places at `rate` and shall not wait longer than `seconds`."""
+    return most if rate is None else min(most, max(1, int(rate * seconds)))
+
+
+def _taken(waiting: int, promised: float, places: int) -> bool:
+    """Whether a newcomer finds no place. What is promised is kept free in the upper half only: the lower one keeps the
+    engines busy, whatever becomes of those who were told to come back."""
+    return waiting + (promised if waiting * 2 >= places else 0) >= places
 
 
 def _mark(call: Call) -> int:
