@@ -13,14 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.doubles.engine_running import ENGINE, ROOT, until
+from tests.doubles.engine_running import ENGINE, ROOT
+from tests.doubles.waiting import PATIENCE, wait_until
 
 TOKEN = "a-token-that-the-machines-share-0123456789"
 PORT, STATUS = 8000, 8001  # of the namespaces' own
 _GET = """
 import sys, urllib.error, urllib.request
 try:
-    with urllib.request.urlopen(sys.argv[1], timeout=5) as answer: print(answer.status, answer.read().decode(), end="")
+    with urllib.request.urlopen(sys.argv[1], timeout=20) as answer: print(answer.status, answer.read().decode(), end="")
 except urllib.error.HTTPError as refused: print(refused.code, refused.read().decode(), end="")
 except OSError: print(0, end="")
 """
@@ -69,7 +70,7 @@ class Host:
         code, body = self.ask("/status")
         return json.loads(body) if code == 200 else {"state": "gone", "line": "", "restarts": 0}
 
-    def wait(self, what: str, holds: Any, seconds: float = 90) -> dict[str, Any]:
+    def wait(self, what: str, holds: Any, seconds: float = 3 * PATIENCE) -> dict[str, Any]:
         """The first status for which `holds`."""
 
         def there() -> dict[str, Any] | None:
@@ -77,7 +78,7 @@ class Host:
             return status if holds(status) else None
 
         try:
-            found: dict[str, Any] = until(f"{self.name}: {what}", there, seconds)
+            found: dict[str, Any] = wait_until(f"{self.name}: {what}", there, seconds)
         except AssertionError as late:
             raise AssertionError(f"{late}; status {self.status()}; log {self.log.read_text()[-3000:]}") from None
         return found
@@ -95,7 +96,7 @@ class Host:
     def stop(self) -> int:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(2 * PATIENCE)
 
 
 class Hosts:
@@ -138,6 +139,6 @@ class Hosts:
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.02)
             if host.process is not None:
-                host.process.wait(10)
+                host.process.wait(PATIENCE)
             ip("netns", "del", host.name)
             shutil.rmtree(f"/tmp/ray-{host.name}", ignore_errors=True)

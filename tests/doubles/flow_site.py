@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.doubles.gateway import KEY, GatewayProcess
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 
 PATHS = {
     "chat": "/v1/chat/completions",

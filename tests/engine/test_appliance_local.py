@@ -23,7 +23,8 @@ import psutil
 import pytest
 from scripts.local import settings
 from scripts.local.places import ROOT
-from tests.doubles.edge_running import accepts, free_ports, needs_nginx
+from tests.doubles.edge_running import needs_nginx
+from tests.doubles.ports import accepts, free_ports
 
 MODEL = settings.EMBEDDED_MODEL
 QUESTION = "What is the capital of France? Answer in one sentence."

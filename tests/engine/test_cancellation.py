@@ -15,7 +15,7 @@ from tests.doubles.edge_running import NGINX
 from tests.doubles.flow_patient import Patient
 from tests.doubles.flow_site import PATHS, Wire, edge_before, ledger, metric, query
 from tests.doubles.gateway import GatewayProcess
-from tests.doubles.vllm import wait_until
+from tests.doubles.waiting import wait_until
 from tests.engine.conftest import real
 
 pytestmark = pytest.mark.timeout(900)  # the first of these tests may wait for the engine's start
@@ -126,14 +126,14 @@ def check(gateway: GatewayProcess, request_id: str, left: float, others: int) ->
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("phase", ["prefill", "decode", "not streaming"])
 def test_the_engine_is_free_within_a_second(gateway: GatewayProcess, edge: Any, engine: Any, phase: str, way: str):
-    wait_until("the engine is idle", lambda: at_work(engine) == 0, 30)
+    wait_until("the engine is idle", lambda: at_work(engine) == 0)
     client, request_id = begin(gateway, edge, engine.model, phase, way)
     if phase == "decode":
         client.read_some()
-    wait_until("the engine works", lambda: at_work(engine) >= 1, 30)
+    wait_until("the engine works", lambda: at_work(engine) >= 1)
     if phase == "not streaming":
         made = told(engine, _tokens)
-        wait_until("some tokens", lambda: told(engine, _tokens) >= made + 5, 30)
+        wait_until("some tokens", lambda: told(engine, _tokens) >= made + 5)
 
     left = time.monotonic()
     client.leave()
@@ -152,7 +152,7 @@ def test_the_engine_is_free_within_a_second(gateway: GatewayProcess, edge: Any, 
 def test_who_leaves_the_waiting_room_is_never_sent_to_the_engine(
     gateway: GatewayProcess, edge: Any, engine: Any, way: str
 ):
-    wait_until("the engine is idle", lambda: at_work(engine) == 0, 30)
+    wait_until("the engine is idle", lambda: at_work(engine) == 0)
     other = Reader(gateway.port, *body_of("decode", engine.model), request_id=f"stays-{way}-{next(_numbers)}")
     other.read_some()
     client, request_id = begin(gateway, edge, engine.model, "queued", way)
@@ -188,9 +188,9 @@ def test_embeddings_are_given_up_as_well(pooling: Any, tmp_path_factory: pytest.
         edge_before(gateway, tmp_path_factory.mktemp("edge")) as edge,
     ):
         for way in WAYS:
-            wait_until("the engine is idle", lambda: at_work(pooling) == 0, 30)
+            wait_until("the engine is idle", lambda: at_work(pooling) == 0)
             client, request_id = begin(gateway, edge, pooling.model, "embeddings", way)
-            wait_until("the engine works", lambda: at_work(pooling) == 1, 30)
+            wait_until("the engine works", lambda: at_work(pooling) == 1)
 
             left = time.monotonic()
             client.leave()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.doubles.engine_running import until
+from tests.doubles.waiting import wait_until
 from tests.engine.conftest import START_SECONDS, RealEngine, real
 from tests.engine.test_engine_real import ask
 
@@ -55,11 +55,11 @@ def check_hang(engine: RealEngine, process: psutil.Process) -> None:
     family = engine.family()
     with ThreadPoolExecutor() as pool:
         call = pool.submit(long_call, engine)
-        until("the call to be inside", lambda: engine.metric("engine_calls") >= 1 or call.done(), 30)
+        wait_until("the call to be inside", lambda: engine.metric("engine_calls") >= 1 or call.done())
         assert not call.done()
         process.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
-        until("not ready", lambda: engine.get("/ready")[0] == 503, 60)
+        wait_until("not ready", lambda: engine.get("/ready")[0] == 503)
         noticed = time.monotonic() - stopped
         assert isinstance(call.exception(60), urllib.error.URLError | ConnectionError | OSError)
     assert noticed < NOTICE_SECONDS
@@ -97,7 +97,7 @@ def test_sigterm_lets_a_running_call_end(victim: RealEngine) -> None:
     with ThreadPoolExecutor() as pool:
         body = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True}
         call = pool.submit(ask, victim, "/v1/completions", body)
-        until("the call to be inside", lambda: victim.metric("engine_calls") >= 1 or call.done(), 30)
+        wait_until("the call to be inside", lambda: victim.metric("engine_calls") >= 1 or call.done())
         assert not call.done()
         assert victim.stop() == 0
         assert call.result(5)["usage"]["completion_tokens"] == 150

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from tests.doubles.engine_hosts import TOKEN, Hosts
-from tests.doubles.engine_running import ROOT, until
+from tests.doubles.engine_running import ROOT
+from tests.doubles.waiting import wait_until
 
 CAN = os.geteuid() == 0 and shutil.which("ip") is not None
 pytestmark = [
@@ -80,7 +81,7 @@ def test_two_machines_make_one_cluster_and_make_it_again(hosts: Hosts, ray_pytho
     other.wait("is refused", lambda status: status["restarts"] >= 1)
     assert other.ask("/ready")[0] == 503
     assert other.stop() == 0
-    until("nobody to be left of the refused one", lambda: not other.pids(), 20)
+    wait_until("nobody to be left of the refused one", lambda: not other.pids())
     assert head.status()["state"] == "starting"
 
     joined = time.monotonic()
@@ -107,9 +108,9 @@ def test_two_machines_make_one_cluster_and_make_it_again(hosts: Hosts, ray_pytho
 
     other.process.kill()  # type: ignore[union-attr]
     other.process.wait()  # type: ignore[union-attr]
-    until("nobody to be left on the second machine", lambda: not other.pids(), 30)
+    wait_until("nobody to be left on the second machine", lambda: not other.pids())
     assert head.stop() == 0
-    until("nobody to be left on the first machine", lambda: not head.pids(), 30)
+    wait_until("nobody to be left on the first machine", lambda: not head.pids())
 
 
 def test_each_machine_says_what_it_lacks(hosts: Hosts) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from tests.doubles.engine_running import until
+from tests.doubles.waiting import wait_until
 from tests.engine.conftest import START_SECONDS, RealEngine, real
 from tests.engine.test_engine_faults import check_hang, held, vllm_processes
 from tests.engine.test_engine_real import ask, tiny_model
@@ -57,9 +57,9 @@ def test_whoever_is_killed(pair: RealEngine, role: str) -> None:
     victim = process(pair, role)
     victim.kill()
     killed = time.monotonic()
-    until("not ready", lambda: pair.get("/ready")[0] == 503, 60)
+    wait_until("not ready", lambda: pair.get("/ready")[0] == 503)
     noticed = time.monotonic() - killed
-    until("a restart", lambda: pair.status()["restarts"] == restarts + 1, 60)
+    wait_until("a restart", lambda: pair.status()["restarts"] == restarts + 1)
     pair.wait_for("ready", START_SECONDS)
     print(f"\n{role} killed: noticed after {noticed:.1f} s, back after {time.monotonic() - killed:.0f} s")
     assert noticed < 20
@@ -77,7 +77,7 @@ def test_a_killed_supervisor_leaves_nobody_and_the_next_one_serves(pair: RealEng
     pair.process.kill()
     killed = time.monotonic()
     pair.process.wait()
-    until("everyone to be gone", lambda: not [p for p in family if p.is_running()], 30)
+    wait_until("everyone to be gone", lambda: not [p for p in family if p.is_running()])
     gone = time.monotonic() - killed
     assert memory & set(os.listdir("/dev/shm")) == set()
     pair.start().ready()

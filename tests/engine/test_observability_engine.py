@@ -6,10 +6,11 @@ from contextlib import ExitStack
 
 import pytest
 from grafana import queries
-from tests.doubles.edge_running import needs_nginx, wait_until
+from tests.doubles.edge_running import needs_nginx
 from tests.doubles.monitored import Monitored, monitored
 from tests.doubles.monitoring import families, needs_prometheus
 from tests.doubles.supervised import needs_engine, supervised
+from tests.doubles.waiting import wait_until
 
 pytestmark = [needs_engine, needs_nginx, needs_prometheus, pytest.mark.timeout(400)]
 
@@ -29,9 +30,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         running = started.enter_context(monitored(folder, real.url, real.api_key, real.model, engine=real.status))
         running.traffic(15)
         recorded = "engine:prefix_cache_hits_per_queries:ratio_rate5m >= 0"
-        wait_until("the recordings have values", lambda: running.prometheus.query(recorded), 30)
+        wait_until("the recordings have values", lambda: running.prometheus.query(recorded))
         canaries = "rate(engine_canary_seconds_count[1m]) > 0"  # sent while the engine is idle
-        wait_until("canaries are counted", lambda: running.prometheus.query(canaries), 60)
+        wait_until("canaries are counted", lambda: running.prometheus.query(canaries))
         yield running
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.doubles.gateway import KEY, GatewayProcess
-from tests.doubles.vllm import wait_until
+from tests.doubles.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(900)  # the first of these tests may wait for the engine's start
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
@@ -152,10 +152,10 @@ def test_the_ledger_agrees_with_the_engine(engine: Any):
             gateway.post("/v1/responses", {"model": engine.model, "input": "Hi", "max_output_tokens": 5}).status == 200
         )
         used = gateway.get("/v1/usage").json["used_tokens"]
-        wait_until("the engine has counted the same", lambda: counted(engine, COUNTERS) - before == used, 5.0)
+        wait_until("the engine has counted the same", lambda: counted(engine, COUNTERS) - before == used)
 
         # A caller sends a prompt once; the engine computes, and counts, it once for each choice. That is no drift.
         assert gateway.chat("Hello there", model=engine.model, max_tokens=5, n=3).status == 200
         wait_until("the engine has counted more", lambda: counted(engine, COUNTERS) - before > used)
         drift = re.compile(rb"^gateway_ledger_drift_tokens ([-0-9.e+]+)$", re.MULTILINE)
-        wait_until("there is no drift", lambda: float(drift.search(gateway.get("/metrics").body)[1]) == 0, 12.0)  # type: ignore[index]
+        wait_until("there is no drift", lambda: float(drift.search(gateway.get("/metrics").body)[1]) == 0)  # type: ignore[index]

@@ -9,13 +9,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import h11
-
-PATIENCE = 20.0  # seconds until a test gives up; far above what anything takes on a busy machine
+from tests.doubles.waiting import PATIENCE
 
 
 @dataclass
@@ -140,11 +138,3 @@ class Server:
         out, _ = self.process.communicate(timeout=60)
         assert self.process.returncode == 0
         return json.loads(out)
-
-
-def wait_until(what: str, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait for `condition`; `what` names it in the failure."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.01)

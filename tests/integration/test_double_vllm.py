@@ -10,8 +10,9 @@ from typing import Any
 
 import openai
 import pytest
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
 from tests.doubles.vllm_directive import SECRET, Directive
+from tests.doubles.waiting import wait_until
 
 KEY = "engine-key"
 ASK = [{"role": "user", "content": "one two three"}]
@@ -156,7 +157,7 @@ def test_a_client_that_leaves_stops_the_work(engine: VllmDouble, how: str, strea
 
     drop(connection, how)
 
-    record = wait_until("the request is cancelled", lambda: (r := last(engine))["ended_at"] and r, 1.0)
+    record = wait_until("the request is cancelled", lambda: (r := last(engine))["ended_at"] and r)
     assert record["state"] == "cancelled"
     assert engine.state()["running"] == before
     for other in full:

@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from tests.doubles import edge_running
-from tests.doubles.edge_running import Edge, needs_nginx, wait_until
+from tests.doubles.edge_running import Edge, needs_nginx
+from tests.doubles.waiting import wait_until
 
 pytestmark = needs_nginx
 ID = re.compile(r"[0-9a-f]{32}")

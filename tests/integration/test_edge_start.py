@@ -16,7 +16,9 @@ import httpx2 as httpx
 import pytest
 from scripts.local.places import ROOT
 from services.init import certificate, nginx_conf
-from tests.doubles.edge_running import accepts, free_ports, needs_nginx, nginx_version, wait_until
+from tests.doubles.edge_running import needs_nginx, nginx_version
+from tests.doubles.ports import accepts, free_ports
+from tests.doubles.waiting import wait_until
 
 pytestmark = needs_nginx
 

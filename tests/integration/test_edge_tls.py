@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from services.init import certificate
 from tests.doubles import edge_running
-from tests.doubles.edge_running import Edge, needs_nginx, wait_until
+from tests.doubles.edge_running import Edge, needs_nginx
+from tests.doubles.waiting import wait_until
 
 pytestmark = needs_nginx
 NOW = dt.datetime.now(dt.UTC)

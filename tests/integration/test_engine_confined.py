@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.doubles.engine_running import RunningEngine, until, with_double
+from tests.doubles.engine_running import RunningEngine, with_double
+from tests.doubles.waiting import wait_until
 
 from engine import evidence, family
 
@@ -71,7 +72,7 @@ def test_without_any_capability_a_hang_leaves_the_stacks_of_all(folder: Path) ->
             assert (held["CapEff"], held["CapBnd"], held["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
             assert held["Uid"].split() == [str(number)] * 4
         core.send_signal(signal.SIGSTOP)
-        until("the hang to be mended", lambda: engine.status()["restarts"] == 1, 30)
+        wait_until("the hang to be mended", lambda: engine.status()["restarts"] == 1)
         engine.wait_for("ready", 40)
         [place] = engine.evidence()
         for process, function in ((core, "core ("), (api, "<module>")):
@@ -92,7 +93,7 @@ async def test_where_the_kernel_refuses_the_processes_write_their_stacks_themsel
         engine.wait_for("ready", 40)
         core, api = pair(engine)
         core.send_signal(signal.SIGSTOP)
-        until("the core to be stopped", lambda: family.table()[core.pid].state == "T", 10)
+        wait_until("the core to be stopped", lambda: family.table()[core.pid].state == "T")
         with subprocess.Popen(["sleep", "60"]) as stranger:
             table = family.table()
             members = [table[process] for process in (core.pid, api.pid, stranger.pid)]

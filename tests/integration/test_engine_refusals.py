@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.doubles.engine_running import ENGINE, free_port, with_double
+from tests.doubles.engine_running import ENGINE, with_double
+from tests.doubles.ports import free_port
 
 SECONDS = 30  # they take about one; this machine may be busy
 LARGE = {

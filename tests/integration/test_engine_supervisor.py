@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.doubles.engine_running import RunningEngine, control, shared_memory, until, with_double
+from tests.doubles.engine_running import RunningEngine, control, shared_memory, with_double
+from tests.doubles.waiting import wait_until
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def ask(engine: RunningEngine, size: int = 10) -> int:
 def in_background(pool: ThreadPoolExecutor, engine: RunningEngine, size: int = 10) -> Future[int]:
     """A call that has reached the engine."""
     call = pool.submit(ask, engine, size)
-    until("the call to be inside", lambda: engine.metric("engine_calls") >= 1, 10)
+    wait_until("the call to be inside", lambda: engine.metric("engine_calls") >= 1)
     return call
 
 
@@ -46,7 +47,7 @@ def test_starts_tells_and_drains(engine: RunningEngine) -> None:
     assert ask(engine) == 200
     assert engine.zombies() == []
     assert engine.stop() == 0
-    until("everyone to be gone", lambda: not engine.family(), 10)
+    wait_until("everyone to be gone", lambda: not engine.family())
 
 
 @pytest.mark.parametrize("victim", ["engine_double.py core", "engine_double.py -m"])
@@ -58,7 +59,7 @@ def test_a_hang_is_seen_written_down_and_mended(engine: RunningEngine, victim: s
     with ThreadPoolExecutor() as pool:
         process.send_signal(signal.SIGSTOP)
         call = pool.submit(ask, engine)
-        until("not ready", lambda: engine.get("/ready")[0] == 503, 20)
+        wait_until("not ready", lambda: engine.get("/ready")[0] == 503)
         assert call.exception(30) is not None  # ended, not left hanging
     again = engine.wait_for("ready", 30)
     assert again["restarts"] == 1
@@ -98,7 +99,7 @@ def test_whoever_is_killed_it_comes_back_whole(engine: RunningEngine, victim: st
     found = [p for p in family.values() if victim in " ".join(p.cmdline())]
     target = found[0] if victim == "engine.guard" else next(p for p in found if "guard" not in " ".join(p.cmdline()))
     target.kill()
-    until("a restart", lambda: engine.status().get("restarts") == 1, 20)
+    wait_until("a restart", lambda: engine.status().get("restarts") == 1)
     engine.wait_for("ready", 30)
     assert engine.metric(f'engine_restarts_total{{reason="{reason}"}}') == 1
     assert [process for process in family.values() if process.is_running()] == []
@@ -113,7 +114,7 @@ def test_the_supervisor_killed_leaves_nobody(engine: RunningEngine) -> None:
     assert len(engine.family()) >= 5
     engine.process.kill()
     engine.process.wait()
-    until("everyone to be gone", lambda: not engine.family(), 20)
+    wait_until("everyone to be gone", lambda: not engine.family())
     assert list(shared_memory(("psm_double", "sem.double"))) == []
     engine.start()
     engine.wait_for("ready")
@@ -156,7 +157,7 @@ def test_the_budget_of_restarts(tmp_path: Path) -> None:
         for count in (1, 2):
             engine.wait_for("ready")
             engine.one("engine_double.py core").kill()
-            until("the next restart", lambda expected=count: engine.status().get("restarts") == expected, 20)
+            wait_until("the next restart", lambda expected=count: engine.status().get("restarts") == expected)
         assert engine.wait_for("failed")["ready"] is False
 
 
@@ -174,6 +175,6 @@ def test_stopping_while_starting(tmp_path: Path) -> None:
     engine = with_double(tmp_path)
     control(engine, start="never")
     with engine:
-        until("the double to run", lambda: engine.status().get("phase") == "weights", 20)
+        wait_until("the double to run", lambda: engine.status().get("phase") == "weights")
         assert engine.stop() == 0
         assert engine.family() == []

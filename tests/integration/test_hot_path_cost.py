@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 from tests.integration.server_client import Wire
 
 KEY = "sk-cost-0123456789"
@@ -57,7 +58,7 @@ class Counted:
             assert self.process.poll() is None, self.log.read_text()
             return 0
 
-        self.port: int = wait_until("the gateway listens", port, 30)
+        self.port: int = wait_until("the gateway listens", port)
         wait_until("the engine is known", lambda: self.call('{"model":"double","messages":[]}') is not None)
 
     def call(self, body: str, wire: Wire | None = None) -> bytes | None:

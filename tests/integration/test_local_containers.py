@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scripts.local.places import ROOT
 from services.init import certificate
-from tests.doubles.edge_running import free_ports
+from tests.doubles.ports import free_ports
 
 PUBLISHED = (
     "HTTPS_PORT",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scripts.local.places import ROOT
 from services.init import certificate
-from tests.doubles.edge_running import accepts, free_ports
+from tests.doubles.ports import accepts, free_ports
 
 PORTS = ("HTTPS_PORT", "HTTP_PORT", "EDGE_STATUS_PORT", "GATEWAY_PORT", "VLLM_PORT", "ENGINE_STATUS_PORT")
 PORTS += ("GPU_EXPORTER_PORT", "PROMETHEUS_PORT")

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 from grafana import queries
-from tests.doubles.edge_running import needs_nginx, wait_until
+from tests.doubles.edge_running import needs_nginx
 from tests.doubles.gateway import KEY
 from tests.doubles.monitored import Monitored, monitored
 from tests.doubles.monitoring import families, needs_prometheus, prometheus
 from tests.doubles.promtail import Promtail
 from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [needs_nginx, needs_prometheus, pytest.mark.timeout(150)]
@@ -76,7 +77,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         engine = started.enter_context(VllmDouble(api_key="engine-secret"))
         running = started.enter_context(monitored(folder, engine.url, "engine-secret", "double", engine))
         running.traffic(12)
-        wait_until("the slowest recording has a value", lambda: running.prometheus.query(SETTLED), 30)
+        wait_until("the slowest recording has a value", lambda: running.prometheus.query(SETTLED))
         yield running
 
 
@@ -175,7 +176,7 @@ def test_a_call_is_one_story_at_the_edge_in_the_gateway_and_in_its_trace(stack: 
     entries = Promtail().ship("nginx", [json.dumps(at_edge)]) + Promtail().ship("gateway", [json.dumps(closed)])
     assert {entry.metadata["request_id"] for entry in entries} == {"story-0123456789"}
     assert {entry.metadata["trace_id"] for entry in entries} == {trace}
-    wait_until("the trace", lambda: any(bytes.fromhex(trace) in body for body in stack.collector.bodies), 15)
+    wait_until("the trace", lambda: any(bytes.fromhex(trace) in body for body in stack.collector.bodies))
     (seen,) = [one for one in stack.double.requests() if trace in json.dumps(one)][-1:] or [None]
     assert seen is not None, "vLLM did not get the trace context"
 
@@ -190,13 +191,13 @@ def test_faults_become_alerts_that_name_them(stack: Monitored, tmp_path: Path) -
     """Last: it breaks the engine. Real faults, real rules without their waiting times."""
     jobs = {job: address for job, address in stack.addresses.items() if job in ("gateway", "vllm")}
     with prometheus(tmp_path, impatient=True, **jobs) as watcher:
-        wait_until("both are scraped", lambda: len(watcher.query('up{job!="prometheus"} == 1')) == 2, 30)
+        wait_until("both are scraped", lambda: len(watcher.query('up{job!="prometheus"} == 1')) == 2)
         assert not {"BackendDown", "TargetDown"} & watcher.firing()
         stack.double.kill()
-        wait_until("the alerts", lambda: {"BackendDown", "TargetDown"} <= watcher.firing(), 30)
+        wait_until("the alerts", lambda: {"BackendDown", "TargetDown"} <= watcher.firing())
         down = [alert for alert in watcher.get("alerts")["alerts"] if alert["labels"]["alertname"] == "TargetDown"]
         assert [alert["labels"]["component"] for alert in down] == ["vllm"]
         assert "vllm" in down[0]["annotations"]["summary"]
         assert stack.gateway.chat().status == 503
         stack.double.start()
-        wait_until("they resolve", lambda: not {"BackendDown", "TargetDown"} & watcher.firing(), 30)
+        wait_until("they resolve", lambda: not {"BackendDown", "TargetDown"} & watcher.firing())

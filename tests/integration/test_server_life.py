@@ -7,7 +7,8 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from tests.integration.server_client import PATIENCE, Server, Wire, wait_until
+from tests.doubles.waiting import PATIENCE, wait_until
+from tests.integration.server_client import Server, Wire
 
 GET = b"GET /echo HTTP/1.1\r\nHost: test\r\n\r\n"
 

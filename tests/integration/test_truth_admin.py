@@ -8,7 +8,8 @@ import time
 
 import pytest
 from tests.doubles.gateway import ADMIN_KEY, KEY, GatewayProcess
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 
 LIMITS = ["requests_per_minute", "tokens_per_minute", "concurrency", "daily_tokens", "max_tokens"]
 
@@ -202,9 +203,9 @@ def test_a_change_on_the_command_line_is_noticed_at_once(gateway):
     told = gateway.cli("keys", "create", "--name", "cli", "--json")
     assert told.returncode == 0, told.stderr
     made = json.loads(told.stdout)
-    wait_until("the new key works", lambda: gateway.get("/v1/models", made["secret"]).status == 200, 10)
+    wait_until("the new key works", lambda: gateway.get("/v1/models", made["secret"]).status == 200)
     assert gateway.cli("keys", "disable", made["id"]).returncode == 0
-    wait_until("the key is refused", lambda: gateway.get("/v1/models", made["secret"]).status == 403, 10)
+    wait_until("the key is refused", lambda: gateway.get("/v1/models", made["secret"]).status == 403)
 
 
 @pytest.mark.parametrize("by", ["http", "cli", "rotation", "deletion"])
@@ -222,7 +223,7 @@ def revoke(gateway: GatewayProcess, engine: VllmDouble, by: str) -> float:
     """Revoke a key with ten streams; returns the seconds until the last one had its proper end."""
     made = create(gateway)
     streams = [Stream(gateway, made["secret"], "double:tokens=4000,pace_ms=20") for _ in range(10)]
-    wait_until("tokens flow", lambda: all(s.text.count(b"data: ") > 5 for s in streams), 20)
+    wait_until("tokens flow", lambda: all(s.text.count(b"data: ") > 5 for s in streams))
     if by == "http":
         gateway.admin("POST", f"/admin/keys/{made['id']}/disable")
     elif by == "rotation":
@@ -237,7 +238,7 @@ def revoke(gateway: GatewayProcess, engine: VllmDouble, by: str) -> float:
         assert stream.text.count(b'"error"') == 1
         assert b"[DONE]" not in stream.text
         assert gateway.closed(stream.request_id)["outcome"] == "revoked"
-    wait_until("the engine is idle for them", lambda: engine.state()["running"] <= 1, 10)
+    wait_until("the engine is idle for them", lambda: engine.state()["running"] <= 1)
     usage = next(row for row in gateway.admin("GET", "/admin/usage").json["data"] if row["key_id"] == made["id"])
     by_id = {r["request_id"]: r for r in engine.requests()}
     assert usage["requests"] == 10

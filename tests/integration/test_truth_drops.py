@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from tests.doubles.gateway import KEY, GatewayProcess
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 from tests.integration.test_truth_proofs import ledger
 
 CHAT = "/v1/chat/completions"
@@ -68,7 +69,7 @@ class Site:
         return next((r for r in self.engine.requests() if r["request_id"] == client.request_id), None)
 
     def wait_for(self, client: Dropper, what: str, condition: Any) -> None:
-        wait_until(what, lambda: (seen := self.seen(client)) is not None and condition(seen), 15)
+        wait_until(what, lambda: (seen := self.seen(client)) is not None and condition(seen))
 
     def billed(self, client: Dropper, outcome: str = "cancelled") -> tuple[int, int]:
         """Prompt and completion tokens of a call's one record, once it has ended."""
@@ -93,7 +94,7 @@ def test_in_the_queue_it_costs_nothing(site, reset):
     blocker = Dropper(site.gateway, "tokens=300,hang_after=3")
     blocker.read_until(b'"content":"', 3)
     client = Dropper(site.gateway, "tokens=50")
-    wait_until("it waits", lambda: len(site.gateway.admin("GET", "/admin/queue").json["data"]) == 1, 15)
+    wait_until("it waits", lambda: len(site.gateway.admin("GET", "/admin/queue").json["data"]) == 1)
     client.drop(reset)
     assert site.billed(client) == (0, 0)
     assert site.seen(client) is None

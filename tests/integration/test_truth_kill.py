@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from tests.doubles.gateway import KEY, GatewayProcess
 from tests.doubles.postgres import postgres, programs
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 
 from gateway import journal
 from gateway.store import Database
@@ -219,7 +220,7 @@ def test_what_was_read_before_a_kill_is_billed_to_the_token(tmp_path):
             return {request["request_id"]: request for request in engine.requests()}
 
         for path, request_id, _, answer in streams:
-            wait_until("the engine is silent", lambda name=request_id: counted()[name]["events"] > 0, 15)
+            wait_until("the engine is silent", lambda name=request_id: counted()[name]["events"] > 0)
             data = b""
             mark = (
                 b"content_block_delta\ndata" if path == "/v1/messages" else b'"text":"' if "chat" not in path else b""

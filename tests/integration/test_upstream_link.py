@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from tests.doubles.vllm import until
+from tests.doubles.waiting import until
 
 from gateway.errors import UpstreamError
 from gateway.link import READ_BUFFER_BYTES

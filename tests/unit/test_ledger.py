@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from tests.doubles.stages import Clock, Stages, settings_for, stages
-from tests.doubles.vllm import until
+from tests.doubles.waiting import until
 
 from gateway.call import Outcome, Usage
 from gateway.errors import InvalidRequest, LedgerUnavailable, QueueFull
