@@ -172,7 +172,7 @@ def with_double(folder: Path, **environment: str) -> RunningEngine:
             "MODEL_NAME": "double",
             "MODEL_CACHE_DIR": str(folder / "models"),
             "DOUBLE_CONTROL": str(folder / "control.json"),
-            "ENGINE_HANG_SECONDS": "2",
+            "ENGINE_HANG_SECONDS": "4",
             "ENGINE_CANARY_SECONDS": "0.5",
             **environment,
         },

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import select
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
 import h11
-from tests.doubles.waiting import PATIENCE
+from tests.doubles.waiting import PATIENCE, wait_until
 
 
 @dataclass
@@ -129,12 +131,25 @@ class Server:
 
     def state(self) -> Any:
         """What the application has seen."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/state", timeout=PATIENCE) as response:
-            return json.load(response)
+
+        def told() -> Any:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/state", timeout=PATIENCE) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as refusal:
+                if refusal.code != 408:
+                    raise
+                refusal.close()
+            except (ConnectionError, http.client.RemoteDisconnected, urllib.error.URLError):
+                if self.process.poll() is not None:
+                    raise
+            return None  # we were too slow for its short deadlines: once more
+
+        return wait_until("the application's state", told)
 
     def terminate(self) -> Any:
         """Stop the server gracefully; its last state. Fails unless it exits with 0."""
         self.process.terminate()
-        out, _ = self.process.communicate(timeout=60)
+        out, _ = self.process.communicate(timeout=2 * PATIENCE)
         assert self.process.returncode == 0
         return json.loads(out)

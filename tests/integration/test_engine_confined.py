@@ -65,7 +65,7 @@ def test_without_any_capability_a_hang_leaves_the_stacks_of_all(folder: Path) ->
     for path in (folder, *folder.rglob("*")):
         os.chown(path, number, number)
     with engine:
-        engine.wait_for("ready", 40)
+        engine.wait_for("ready")
         core, api = pair(engine)
         for process in (core, api):
             held = limits(process.pid)
@@ -73,7 +73,7 @@ def test_without_any_capability_a_hang_leaves_the_stacks_of_all(folder: Path) ->
             assert held["Uid"].split() == [str(number)] * 4
         core.send_signal(signal.SIGSTOP)
         wait_until("the hang to be mended", lambda: engine.status()["restarts"] == 1)
-        engine.wait_for("ready", 40)
+        engine.wait_for("ready")
         [place] = engine.evidence()
         for process, function in ((core, "core ("), (api, "<module>")):
             text = (place / f"stacks-{process.pid}.txt").read_text()
@@ -90,7 +90,7 @@ async def test_where_the_kernel_refuses_the_processes_write_their_stacks_themsel
     refusing.chmod(0o755)
     monkeypatch.setattr(evidence.shutil, "which", lambda name, path=None: str(refusing) if name == "py-spy" else None)
     with with_double(folder / "run", ENGINE_HANG_SECONDS="60") as engine:
-        engine.wait_for("ready", 40)
+        engine.wait_for("ready")
         core, api = pair(engine)
         core.send_signal(signal.SIGSTOP)
         wait_until("the core to be stopped", lambda: family.table()[core.pid].state == "T")

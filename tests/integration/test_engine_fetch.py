@@ -49,7 +49,7 @@ def engine(environment: dict[str, str], *words: str) -> subprocess.CompletedProc
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=240,
         cwd=environment["HOME"],
     )
 

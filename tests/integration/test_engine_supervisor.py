@@ -60,8 +60,8 @@ def test_a_hang_is_seen_written_down_and_mended(engine: RunningEngine, victim: s
         process.send_signal(signal.SIGSTOP)
         call = pool.submit(ask, engine)
         wait_until("not ready", lambda: engine.get("/ready")[0] == 503)
-        assert call.exception(30) is not None  # ended, not left hanging
-    again = engine.wait_for("ready", 30)
+        assert call.exception(60) is not None  # ended, not left hanging
+    again = engine.wait_for("ready")
     assert again["restarts"] == 1
     assert engine.metric('engine_restarts_total{reason="hung"}') == 1
     [folder] = engine.evidence()
@@ -76,12 +76,12 @@ def test_a_hang_is_seen_written_down_and_mended(engine: RunningEngine, victim: s
 
 
 def test_a_prefill_ten_times_as_long_as_usual_is_no_hang(tmp_path: Path) -> None:
-    """Eight seconds of silence with a bound of two, because a prompt of 40 kB is inside; without it that is a hang."""
+    """Ten seconds of silence with a bound of four, because a prompt of 40 kB is inside; without it that is a hang."""
     engine = with_double(tmp_path)
     control(engine, prefill=0.02)  # seconds a kilobyte: what the warm-up measures
     with engine:
         engine.wait_for("ready")
-        control(engine, prefill=0.2)
+        control(engine, prefill=0.25)
         with ThreadPoolExecutor() as pool:
             call = in_background(pool, engine, 40_000)
             assert call.result(60) == 200
@@ -100,9 +100,9 @@ def test_whoever_is_killed_it_comes_back_whole(engine: RunningEngine, victim: st
     target = found[0] if victim == "engine.guard" else next(p for p in found if "guard" not in " ".join(p.cmdline()))
     target.kill()
     wait_until("a restart", lambda: engine.status().get("restarts") == 1)
-    engine.wait_for("ready", 30)
+    engine.wait_for("ready")
     assert engine.metric(f'engine_restarts_total{{reason="{reason}"}}') == 1
-    assert [process for process in family.values() if process.is_running()] == []
+    wait_until("all of the old ones are gone", lambda: not [p for p in family.values() if p.is_running()])
     assert engine.zombies() == []
     assert len(list(shared_memory("psm_double"))) == 1
     assert len(list(shared_memory("sem.double"))) == 1

@@ -204,7 +204,7 @@ def test_running_answers_are_finished_at_shutdown_and_idle_connections_closed(ki
         assert response is not None
         assert (response.body, response.whole) == (b"firstlast", True)
         assert busy.ended()
-        out, _ = server.process.communicate(timeout=30)
+        out, _ = server.process.communicate(timeout=2 * PATIENCE)
         assert server.process.returncode == 0
         assert b'"lifespan": "over"' in out
 

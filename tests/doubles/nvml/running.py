@@ -17,7 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.doubles.waiting import PATIENCE, wait_until
 
 T = TypeVar("T")
-QUICK = {"GPU_SAMPLE_SECONDS": "0.1", "GPU_RETRY_SECONDS": "0.1", "GPU_DEADLINE_SECONDS": "5", "GPU_EXPORTER_PORT": "0"}
+QUICK = {
+    "GPU_SAMPLE_SECONDS": "0.1",
+    "GPU_RETRY_SECONDS": "0.1",
+    "GPU_DEADLINE_SECONDS": "20",
+    "GPU_EXPORTER_PORT": "0",
+}
 
 
 class Exporter:
