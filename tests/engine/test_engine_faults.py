@@ -18,7 +18,7 @@ from tests.doubles.waiting import wait_until
 from tests.engine.conftest import START_SECONDS, RealEngine, real
 from tests.engine.test_engine_real import ask
 
-NOTICE_SECONDS = 20
+NOTICE_SECONDS = 40  # it takes about 15 on a machine with nothing else to do
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -71,7 +71,8 @@ def check_hang(engine: RealEngine, process: psutil.Process) -> None:
     states = {entry["pid"]: entry["state"] for entry in json.loads((folder / "processes.json").read_text())}
     assert states[process.pid] == "T"
     assert "EngineCore" in "".join(stack.read_text() for stack in folder.glob("stacks-*.txt"))
-    assert [old for old in family if old.is_running() and old.pid != engine.process.pid] == []
+    old = [process for process in family if process.pid != engine.process.pid]
+    wait_until("nobody is left of the old ones", lambda: not [one for one in old if one.is_running()])
 
 
 def held(engine: RealEngine) -> set[str]:
@@ -100,5 +101,5 @@ def test_sigterm_lets_a_running_call_end(victim: RealEngine) -> None:
         wait_until("the call to be inside", lambda: victim.metric("engine_calls") >= 1 or call.done())
         assert not call.done()
         assert victim.stop() == 0
-        assert call.result(5)["usage"]["completion_tokens"] == 150
+        assert call.result(60)["usage"]["completion_tokens"] == 150
     assert victim.family() == []

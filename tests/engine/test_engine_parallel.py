@@ -62,8 +62,9 @@ def test_whoever_is_killed(pair: RealEngine, role: str) -> None:
     wait_until("a restart", lambda: pair.status()["restarts"] == restarts + 1)
     pair.wait_for("ready", START_SECONDS)
     print(f"\n{role} killed: noticed after {noticed:.1f} s, back after {time.monotonic() - killed:.0f} s")
-    assert noticed < 20
-    assert [old for old in family if old.is_running() and old.pid != pair.process.pid] == []
+    assert noticed < 40
+    old = [process for process in family if process.pid != pair.process.pid]
+    wait_until("nobody is left of the old ones", lambda: not [one for one in old if one.is_running()])
     assert pair.zombies() == []
     assert memory & set(os.listdir("/dev/shm")) - held(pair) == set()
     check_answers(pair)

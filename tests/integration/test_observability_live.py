@@ -19,7 +19,7 @@ from tests.doubles.vllm import VllmDouble
 from tests.doubles.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [needs_nginx, needs_prometheus, pytest.mark.timeout(150)]
+pytestmark = [needs_nginx, needs_prometheus, pytest.mark.timeout(400)]
 
 # Families that this run cannot have, with the reason. A family that does appear must not be listed (see the last test).
 LOG_SHIPPER = "of the program that ships logs: neither Alloy nor Promtail can be had on every machine"
@@ -81,14 +81,27 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         yield running
 
 
+def blank_of(stack: Monitored, asked: dict[str, str]) -> list[str]:
+    """The names of queries that give nothing. On a slow machine the last call of a kind may be more than a minute ago when
+    a rate over a minute is asked for: what gives nothing is asked again after more traffic."""
+    blank = [name for name, expr in asked.items() if stack.prometheus.empty(expr)]
+    for _ in range(3):
+        if blank:
+            stack.traffic(5)
+            blank = [name for name in blank if stack.prometheus.empty(asked[name])]
+    return blank
+
+
 def test_every_query_of_every_panel_gives_data(stack: Monitored) -> None:
-    blank: list[str] = []
-    for asked in queries.asked("1m"):
-        if asked.source != "prometheus" or {asked.name, asked.expr} & QUIET.keys():
-            continue
-        missing = [family for family in families(asked.expr) if reason(family)]
-        if not missing and stack.prometheus.empty(asked.expr):
-            blank.append(f"{asked.name}: {asked.expr}")
+    asked = [
+        one
+        for one in queries.asked("1m")
+        if one.source == "prometheus"
+        and not {one.name, one.expr} & QUIET.keys()
+        and not any(reason(family) for family in families(one.expr))
+    ]
+    assert len(asked) > 100
+    blank = blank_of(stack, {f"{one.name}: {one.expr}": one.expr for one in asked})
     assert blank == []
 
 
@@ -117,7 +130,7 @@ def test_every_recording_has_a_value(stack: Monitored) -> None:
         if "record" in rule and not any(reason(family) for family in {rule["record"]} | families(rule["expr"]))
     ]
     assert len(recorded) > 25
-    assert [rule["record"] for rule in recorded if stack.prometheus.empty(rule["record"])] == []
+    assert blank_of(stack, {rule["record"]: rule["record"] for rule in recorded}) == []
 
 
 def test_no_family_is_asked_for_that_nobody_exports(stack: Monitored) -> None:
@@ -192,7 +205,7 @@ def test_faults_become_alerts_that_name_them(stack: Monitored, tmp_path: Path) -
     jobs = {job: address for job, address in stack.addresses.items() if job in ("gateway", "vllm")}
     with prometheus(tmp_path, impatient=True, **jobs) as watcher:
         wait_until("both are scraped", lambda: len(watcher.query('up{job!="prometheus"} == 1')) == 2)
-        assert not {"BackendDown", "TargetDown"} & watcher.firing()
+        wait_until("no alert", lambda: not {"BackendDown", "TargetDown"} & watcher.firing())
         stack.double.kill()
         wait_until("the alerts", lambda: {"BackendDown", "TargetDown"} <= watcher.firing())
         down = [alert for alert in watcher.get("alerts")["alerts"] if alert["labels"]["alertname"] == "TargetDown"]
