@@ -43,6 +43,11 @@ class VllmDouble:
 
     def start(self) -> Self:
         """Start, or start again on the same port after `kill`; returns when it listens."""
+        wait_until("the vLLM double listens", self._started, START_SECONDS)
+        return self
+
+    def _started(self) -> bool:
+        """Whether it came up. A port that it had before may be somebody's near end of a connection for a moment."""
         argv = [*self._argv, *([f"--port={self.port}"] if self.port else [])]
         self.process = subprocess.Popen(
             argv, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -53,9 +58,11 @@ class VllmDouble:
         line = stdout.readline() if ready else b""
         if not line:
             self.stop()
-            raise RuntimeError(f"the vLLM double did not start (exit {self.process and self.process.poll()})")
+            if not self.port:
+                raise RuntimeError("the vLLM double did not start; its error output says why")
+            return False
         self.port = json.loads(line)["listening"]
-        return self
+        return True
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL after five seconds."""
