@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -22,6 +23,13 @@ from tests.doubles.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = Path(sys.executable).parent / "engine"
+
+
+def command_line(process: psutil.Process) -> str:
+    """Its command line, or the title that it gave itself; empty when it is no more."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()) or process.name()
+    return ""
 
 
 class RunningEngine:
@@ -79,12 +87,12 @@ class RunningEngine:
         except urllib.error.HTTPError as refused:
             with refused:
                 return refused.code, refused.read().decode()
-        except (OSError, urllib.error.URLError):
+        except (OSError, http.client.HTTPException):
             return 0, ""
 
     def status(self) -> dict[str, Any]:
         code, body = self.get("/status")
-        return json.loads(body) if code == 200 else {"state": "gone", "ready": False}
+        return json.loads(body) if code == 200 else {"state": "gone", "ready": False, "restarts": None}
 
     def wait_for(self, state: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """The status once the engine is in `state`."""
@@ -131,9 +139,13 @@ class RunningEngine:
 
     def one(self, part: str) -> psutil.Process:
         """The one process whose command line or name contains `part`."""
-        found = [p for p in self.family() if part in " ".join(p.cmdline()) or part in p.name()]
-        assert len(found) == 1, f"{part}: {found}"
-        return found[0]
+
+        def alone() -> psutil.Process | None:
+            found = [p for p in self.family() if part in command_line(p)]
+            return found[0] if len(found) == 1 else None  # one that was just forked bears its parent's for a moment
+
+        process: psutil.Process = wait_until(f"exactly one {part}", alone)
+        return process
 
     def zombies(self) -> list[psutil.Process]:
         """Dead children that nobody has collected, below the supervisor."""

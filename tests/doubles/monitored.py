@@ -83,6 +83,16 @@ class Monitored:
         if self.double:
             self.double.wait_idle()
 
+    def blank(self, asked: dict[str, str]) -> list[str]:
+        """The names of queries that give nothing. On a slow machine the last call of a kind may be more than a minute ago
+        when a rate over a minute is asked for: what gives nothing is asked again after more traffic."""
+        blank = [name for name, expr in asked.items() if self.prometheus.empty(expr)]
+        for _ in range(3):
+            if blank:
+                self.traffic(5)
+                blank = [name for name in blank if self.prometheus.empty(asked[name])]
+        return blank
+
     def pages(self) -> str:
         """What all programs export now, with units and types."""
         ask = "application/openmetrics-text"

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from tests.doubles.monitoring import fetch
 from tests.doubles.ports import free_ports
 from tests.doubles.waiting import PATIENCE, wait_until
@@ -21,9 +19,6 @@ ROOT = Path(__file__).parents[2]
 VENV = Path(os.environ.get("ENGINE_VENV") or ROOT / ".state/engine-venv")
 MODELS = Path(os.environ.get("MODEL_CACHE_DIR") or ROOT / ".state/models")
 START_SECONDS = 300.0
-needs_engine = pytest.mark.skipif(
-    not (VENV / "bin/python").exists(), reason=f"vLLM's CPU build is not in {VENV} (scripts/engine-cpu installs it)"
-)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.doubles.engine_running import command_line
 from tests.doubles.waiting import wait_until
 from tests.engine.conftest import START_SECONDS, RealEngine, real
 from tests.engine.test_engine_real import ask
@@ -34,7 +35,7 @@ def vllm_processes(engine: RealEngine) -> dict[str, psutil.Process]:
     roles = {"core": "VLLM::EngineCore", "worker": "VLLM::Worker", "api": "vllm.entrypoints.openai.api_server"}
     found = {}
     for process in engine.family():
-        title = " ".join(process.cmdline())
+        title = command_line(process)
         for role, mark in roles.items():
             if title.startswith(mark) or (role == "api" and mark in title and "engine.guard" not in title):
                 found.setdefault(role, process)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.doubles.engine_running import ROOT
+from tests.doubles.engine_running import ROOT, command_line
 from tests.engine.conftest import RealEngine, real
 from tests.unit.test_engine_fit import GEMMA_27B, LLAMA_70B, MIXTRAL, QWEN_MOE
 
@@ -78,7 +78,7 @@ def test_the_progress_page_is_the_supervisors_alone(engine: RealEngine) -> None:
 
 def test_no_secret_is_in_the_log_or_on_the_command_line(engine: RealEngine) -> None:
     assert engine.api_key not in engine.log.read_text()
-    assert all(engine.api_key not in " ".join(process.cmdline()) for process in engine.family())
+    assert all(engine.api_key not in command_line(process) for process in engine.family())
 
 
 def test_log_lines_are_json(engine: RealEngine) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.doubles.engine_running import RunningEngine, with_double
+from tests.doubles.engine_running import RunningEngine, command_line, with_double
 from tests.doubles.waiting import wait_until
 
 from engine import evidence, family
@@ -43,9 +43,7 @@ def container_user() -> int:
 
 def pair(engine: RunningEngine) -> tuple[psutil.Process, psutil.Process]:
     """The double's core and API server."""
-    api = (
-        p for p in engine.family() if "engine_double.py -m" in (line := " ".join(p.cmdline())) and "guard" not in line
-    )
+    api = (p for p in engine.family() if "engine_double.py -m" in (line := command_line(p)) and "guard" not in line)
     return engine.one("engine_double.py core"), next(api)
 
 

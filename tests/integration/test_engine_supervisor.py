@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.doubles.engine_running import RunningEngine, control, shared_memory, with_double
+from tests.doubles.engine_running import RunningEngine, command_line, control, shared_memory, with_double
 from tests.doubles.waiting import wait_until
 
 
@@ -53,9 +53,7 @@ def test_starts_tells_and_drains(engine: RunningEngine) -> None:
 @pytest.mark.parametrize("victim", ["engine_double.py core", "engine_double.py -m"])
 def test_a_hang_is_seen_written_down_and_mended(engine: RunningEngine, victim: str) -> None:
     engine.wait_for("ready")
-    process = next(
-        p for p in engine.family() if victim in " ".join(p.cmdline()) and "guard" not in " ".join(p.cmdline())
-    )
+    process = next(p for p in engine.family() if victim in command_line(p) and "guard" not in command_line(p))
     with ThreadPoolExecutor() as pool:
         process.send_signal(signal.SIGSTOP)
         call = pool.submit(ask, engine)
@@ -96,8 +94,8 @@ def test_a_prefill_ten_times_as_long_as_usual_is_no_hang(tmp_path: Path) -> None
 def test_whoever_is_killed_it_comes_back_whole(engine: RunningEngine, victim: str, reason: str) -> None:
     engine.wait_for("ready")
     family = {process.pid: process for process in engine.family() if process.pid != engine.process.pid}
-    found = [p for p in family.values() if victim in " ".join(p.cmdline())]
-    target = found[0] if victim == "engine.guard" else next(p for p in found if "guard" not in " ".join(p.cmdline()))
+    found = [p for p in family.values() if victim in command_line(p)]
+    target = found[0] if victim == "engine.guard" else next(p for p in found if "guard" not in command_line(p))
     target.kill()
     wait_until("a restart", lambda: engine.status().get("restarts") == 1)
     engine.wait_for("ready")

@@ -81,17 +81,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         yield running
 
 
-def blank_of(stack: Monitored, asked: dict[str, str]) -> list[str]:
-    """The names of queries that give nothing. On a slow machine the last call of a kind may be more than a minute ago when
-    a rate over a minute is asked for: what gives nothing is asked again after more traffic."""
-    blank = [name for name, expr in asked.items() if stack.prometheus.empty(expr)]
-    for _ in range(3):
-        if blank:
-            stack.traffic(5)
-            blank = [name for name in blank if stack.prometheus.empty(asked[name])]
-    return blank
-
-
 def test_every_query_of_every_panel_gives_data(stack: Monitored) -> None:
     asked = [
         one
@@ -101,7 +90,7 @@ def test_every_query_of_every_panel_gives_data(stack: Monitored) -> None:
         and not any(reason(family) for family in families(one.expr))
     ]
     assert len(asked) > 100
-    blank = blank_of(stack, {f"{one.name}: {one.expr}": one.expr for one in asked})
+    blank = stack.blank({f"{one.name}: {one.expr}": one.expr for one in asked})
     assert blank == []
 
 
@@ -130,7 +119,7 @@ def test_every_recording_has_a_value(stack: Monitored) -> None:
         if "record" in rule and not any(reason(family) for family in {rule["record"]} | families(rule["expr"]))
     ]
     assert len(recorded) > 25
-    assert blank_of(stack, {rule["record"]: rule["record"] for rule in recorded}) == []
+    assert stack.blank({rule["record"]: rule["record"] for rule in recorded}) == []
 
 
 def test_no_family_is_asked_for_that_nobody_exports(stack: Monitored) -> None:

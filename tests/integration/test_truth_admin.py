@@ -240,9 +240,14 @@ def revoke(gateway: GatewayProcess, engine: VllmDouble, by: str) -> float:
         assert b"[DONE]" not in stream.text
         assert gateway.closed(stream.request_id)["outcome"] == "revoked"
     wait_until("the engine is idle for them", lambda: engine.state()["running"] <= 1)
-    usage = next(row for row in gateway.admin("GET", "/admin/usage").json["data"] if row["key_id"] == made["id"])
-    by_id = {r["request_id"]: r for r in engine.requests()}
+
+    def recorded() -> dict | None:
+        rows = [row for row in gateway.admin("GET", "/admin/usage").json["data"] if row["key_id"] == made["id"]]
+        return rows[0] if rows and rows[0]["requests"] >= 10 else None
+
+    usage = wait_until("all are recorded", recorded)
     assert usage["requests"] == 10
+    by_id = {r["request_id"]: r for r in engine.requests()}
     relayed = sum(s.text.count(b'"content":"') - s.text.count(b'"content":""') for s in streams)
     counted = sum(by_id[s.request_id]["completion_tokens"] for s in streams)
     assert relayed <= usage["completion_tokens"] <= counted

@@ -72,14 +72,17 @@ class Site:
         wait_until(what, lambda: (seen := self.seen(client)) is not None and condition(seen))
 
     def billed(self, client: Dropper, outcome: str = "cancelled") -> tuple[int, int]:
-        """Prompt and completion tokens of a call's one record, once it has ended."""
+        """Prompt and completion tokens of a call's one record, once it is written: nobody waits for that of a call whose
+        client is gone, so its line in the log may come first."""
         line = self.gateway.closed(client.request_id)
         assert line["outcome"] == outcome, line
         columns = "outcome, prompt_tokens, completion_tokens FROM usage_records"
-        rows = ledger(self.gateway, f"SELECT {columns} WHERE request_id = ?", client.request_id)
+        asked = f"SELECT {columns} WHERE request_id = ?"
+        rows = wait_until("its record", lambda: ledger(self.gateway, asked, client.request_id))
         assert len(rows) == 1
         assert rows[0][0] == outcome
-        assert ledger(self.gateway, "SELECT COUNT(*) FROM holds WHERE request_id = ?", client.request_id) == [(0,)]
+        held = "SELECT COUNT(*) FROM holds WHERE request_id = ?"
+        wait_until("its hold is gone", lambda: ledger(self.gateway, held, client.request_id) == [(0,)])
         return rows[0][1], rows[0][2]
 
 

@@ -285,8 +285,10 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             ),
         )
         ended = len(answered) + 1  # the stream too
-        assert ledger(gateway, "SELECT COUNT(*) FROM usage_records WHERE outcome = 'ok'") == [(ended,)]
-        assert ledger(gateway, "SELECT COUNT(*) FROM holds") == [(0,)]
+        counted = "SELECT COUNT(*) FROM usage_records WHERE outcome = 'ok'"
+        wait_until("all are recorded", lambda: ledger(gateway, counted)[0][0] >= ended)
+        assert ledger(gateway, counted) == [(ended,)]
+        wait_until("no hold is left", lambda: ledger(gateway, "SELECT COUNT(*) FROM holds") == [(0,)])
 
 
 def test_the_drift_against_the_engine_is_zero_when_all_is_settled(engine):
