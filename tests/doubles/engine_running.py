@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class RunningEngine:
         self.log = folder / "log.txt"
         self.before: list[str] = []  # a program that runs `engine`, if not directly
         self.process: subprocess.Popen[bytes] | None = None
-        self._shared_memory = set(os.listdir("/dev/shm"))
         self._sessions: set[int] = set()
 
     def start(self) -> RunningEngine:
@@ -147,6 +146,11 @@ class RunningEngine:
         process: psutil.Process = wait_until(f"exactly one {part}", alone)
         return process
 
+    def shared(self) -> list[str]:
+        """Names under /dev/shm of this engine's double: its memory and its semaphore."""
+        mark = hashlib.sha256(self.environment["DOUBLE_CONTROL"].encode()).hexdigest()[:12]
+        return sorted(name for name in os.listdir("/dev/shm") if f"double_{mark}_" in name)
+
     def zombies(self) -> list[psutil.Process]:
         """Dead children that nobody has collected, below the supervisor."""
         assert self.process is not None
@@ -196,8 +200,3 @@ def control(engine: RunningEngine, **settings: Any) -> None:
     target = engine.folder / "control.json"
     target.with_suffix(".new").write_text(json.dumps(settings))
     shutil.move(target.with_suffix(".new"), target)
-
-
-def shared_memory(prefix: str | tuple[str, ...] = "") -> Iterator[str]:
-    """Names under /dev/shm."""
-    return (name for name in os.listdir("/dev/shm") if name.startswith(prefix))

@@ -91,7 +91,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     # The environment and the model are the machine's: made here only if no test has made them yet.
     kept.setdefault("ENGINE_VENV", str(ROOT / ".state" / "engine-venv"))
     kept.setdefault("MODEL_CACHE_DIR", str(ROOT / ".state" / "models"))
-    return {**kept, **ports, "MODE": "local", "APPLIANCE_STATE": str(state), "CERTIFICATES_DIR": str(own)}
+    return {
+        **kept, **ports, "MODE": "local", "APPLIANCE_STATE": str(state), "CERTIFICATES_DIR": str(own),
+        "ENGINE_HANG_SECONDS": "120", "UP_SECONDS": "900",  # of a busy machine
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,15 @@ from tests.doubles.waiting import wait_until
 from tests.engine.conftest import START_SECONDS, RealEngine, real
 from tests.engine.test_engine_real import ask
 
-NOTICE_SECONDS = 40  # it takes about 15 on a machine with nothing else to do
+HANG_SECONDS = "15"
+NOTICE_SECONDS = 60  # it takes about 20 on a machine with nothing else to do
 pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
 def victim(built: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
     """An engine for these tests alone."""
-    with real(tmp_path_factory.mktemp("victim"), built) as running:
+    with real(tmp_path_factory.mktemp("victim"), built, ENGINE_HANG_SECONDS=HANG_SECONDS) as running:
         yield running
 
 

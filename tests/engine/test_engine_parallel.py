@@ -13,7 +13,7 @@ import psutil
 import pytest
 from tests.doubles.waiting import wait_until
 from tests.engine.conftest import START_SECONDS, RealEngine, real
-from tests.engine.test_engine_faults import check_hang, held, vllm_processes
+from tests.engine.test_engine_faults import HANG_SECONDS, check_hang, held, vllm_processes
 from tests.engine.test_engine_real import ask, tiny_model
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
@@ -25,7 +25,7 @@ def pair(built: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Ite
     """An engine of two workers."""
     folder = tmp_path_factory.mktemp("pair")
     places = {"MODEL_NAME": str(tiny_model("llama", built, folder)), "SERVED_MODEL_NAME": RealEngine.model}
-    with real(folder / "run", built, TP_SIZE="2", **places) as running:
+    with real(folder / "run", built, TP_SIZE="2", ENGINE_HANG_SECONDS=HANG_SECONDS, **places) as running:
         started = time.monotonic()
         running.ready()
         print(f"\nready after {time.monotonic() - started:.0f} s: {running.status()['phase_seconds']}")

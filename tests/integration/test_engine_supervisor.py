@@ -10,16 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.doubles.engine_running import RunningEngine, command_line, control, shared_memory, with_double
+from tests.doubles.engine_running import RunningEngine, command_line, control, with_double
 from tests.doubles.waiting import wait_until
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[RunningEngine]:
-    before = set(shared_memory(("psm_double", "sem.double")))
     with with_double(tmp_path) as running:
         yield running
-    assert set(shared_memory(("psm_double", "sem.double"))) <= before
+    assert running.shared() == []
 
 
 def ask(engine: RunningEngine, size: int = 10) -> int:
@@ -102,8 +101,7 @@ def test_whoever_is_killed_it_comes_back_whole(engine: RunningEngine, victim: st
     assert engine.metric(f'engine_restarts_total{{reason="{reason}"}}') == 1
     wait_until("all of the old ones are gone", lambda: not [p for p in family.values() if p.is_running()])
     assert engine.zombies() == []
-    assert len(list(shared_memory("psm_double"))) == 1
-    assert len(list(shared_memory("sem.double"))) == 1
+    assert [name.partition("_")[0] for name in engine.shared()] == ["psm", "sem.double"]
     assert ask(engine) == 200
 
 
@@ -113,7 +111,7 @@ def test_the_supervisor_killed_leaves_nobody(engine: RunningEngine) -> None:
     engine.process.kill()
     engine.process.wait()
     wait_until("everyone to be gone", lambda: not engine.family())
-    assert list(shared_memory(("psm_double", "sem.double"))) == []
+    assert engine.shared() == []
     engine.start()
     engine.wait_for("ready")
 
