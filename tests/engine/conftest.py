@@ -14,7 +14,7 @@ import pytest
 from tests.doubles.engine_running import ROOT, RunningEngine
 
 MODEL = "SmolLM2-135M-Instruct"
-START_SECONDS = 600  # a cold cache on a machine that does other things too
+START_SECONDS = 1200  # a cold cache on a machine that does other things too
 KEY = "engine-test-key"
 
 

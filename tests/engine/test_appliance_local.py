@@ -28,7 +28,7 @@ from tests.doubles.ports import accepts, free_ports
 
 MODEL = settings.EMBEDDED_MODEL
 QUESTION = "What is the capital of France? Answer in one sentence."
-START_SECONDS = 600  # it takes about 110 on a machine that has nothing else to do
+START_SECONDS = 1200  # it takes about 110 on a machine that has nothing else to do
 STATE_VARIABLES = ("ENGINE_VENV", "MODEL_CACHE_DIR", "TORCH_EXTRA_INDEX")
 pytestmark = [needs_nginx, pytest.mark.timeout(1800)]
 

@@ -18,7 +18,7 @@ from tests.doubles.gateway import GatewayProcess
 from tests.doubles.waiting import wait_until
 from tests.engine.conftest import real
 
-pytestmark = pytest.mark.timeout(900)  # the first of these tests may wait for the engine's start
+pytestmark = pytest.mark.timeout(1800)  # the first of these tests may wait for the engine's start
 WAYS = ["fin", "rst", "nginx", "timeout"]
 # One second as a rule, which is printed. The engine publishes its gauges once a step, and a step takes long on the CPU of
 # a busy machine; a call that nobody gave up would stay for more than ten seconds where the machine has nothing else to do.

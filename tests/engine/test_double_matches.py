@@ -17,7 +17,7 @@ import pytest
 from tests.doubles.vllm import VllmDouble
 from tests.doubles.vllm_openapi import recorded, trimmed
 
-pytestmark = pytest.mark.timeout(900)  # the first of these tests may wait for the engine's start
+pytestmark = pytest.mark.timeout(1800)  # the first of these tests may wait for the engine's start
 ASK = [{"role": "user", "content": "one two three"}]
 USAGE = {"include_usage": True}
 RUNNING = {"include_usage": True, "continuous_usage_stats": True}

@@ -22,7 +22,7 @@ from tests.doubles.waiting import wait_until
 CAN = os.geteuid() == 0 and shutil.which("ip") is not None
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not CAN, reason="network namespaces need root and the program `ip`"),
 ]
 # What vLLM does with Ray: a bundle for each GPU, a worker in each; here they say where they are.

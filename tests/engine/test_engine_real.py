@@ -18,7 +18,7 @@ from tests.unit.test_engine_fit import GEMMA_27B, LLAMA_70B, MIXTRAL, QWEN_MOE
 from engine import command, fit, settings, shape
 
 GOLDEN = ROOT / "tests" / "golden" / "engine"
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 GEMMA = {
     "model_type": "gemma3_text",
     "architectures": ["Gemma3ForCausalLM"],

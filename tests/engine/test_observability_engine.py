@@ -12,7 +12,7 @@ from tests.doubles.monitoring import families, needs_prometheus
 from tests.doubles.waiting import wait_until
 from tests.engine.conftest import RealEngine
 
-pytestmark = [needs_nginx, needs_prometheus, pytest.mark.timeout(900)]  # the first may wait for the engine's start
+pytestmark = [needs_nginx, needs_prometheus, pytest.mark.timeout(1800)]  # the first may wait for the engine's start
 
 # What even the real engine does not show in a minute of good health, with the reason.
 WELL = "empty while all is well"
@@ -28,7 +28,7 @@ def stack(engine: RealEngine, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with ExitStack() as started:
         status = f"127.0.0.1:{engine.status_port}"
         running = started.enter_context(monitored(folder, engine.url, engine.api_key, engine.model, engine=status))
-        running.traffic(15)
+        running.traffic(6)
         recorded = "engine:prefix_cache_hits_per_queries:ratio_rate5m >= 0"
         wait_until("the recordings have values", lambda: running.prometheus.query(recorded))
         canaries = "rate(engine_canary_seconds_count[1m]) > 0"  # sent while the engine is idle

@@ -11,7 +11,7 @@ import pytest
 from tests.doubles.gateway import KEY, GatewayProcess
 from tests.doubles.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(900)  # the first of these tests may wait for the engine's start
+pytestmark = pytest.mark.timeout(1800)  # the first of these tests may wait for the engine's start
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 STORY = [{"role": "user", "content": "Tell a very long story about the sea."}]
 TOOLS = [

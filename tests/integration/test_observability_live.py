@@ -76,7 +76,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     with ExitStack() as started:
         engine = started.enter_context(VllmDouble(api_key="engine-secret"))
         running = started.enter_context(monitored(folder, engine.url, "engine-secret", "double", engine))
-        running.traffic(12)
+        running.traffic(4)
         wait_until("the slowest recording has a value", lambda: running.prometheus.query(SETTLED))
         yield running
 
