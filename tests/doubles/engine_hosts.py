@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -29,6 +30,20 @@ except OSError: print(0, end="")
 
 def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def command_line(pid: int) -> str:
+    """Empty when it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def end(pid: int) -> None:
+    """SIGKILL, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 class Host:
@@ -88,10 +103,10 @@ class Host:
 
     def kill(self, part: str) -> None:
         """Kill -9 whoever has `part` in its command line."""
-        found = [pid for pid in self.pids() if part in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")]
+        found = [pid for pid in self.pids() if part in command_line(pid)]
         assert found, part
         for pid in found:
-            os.kill(pid, signal.SIGKILL)
+            end(pid)
 
     def stop(self) -> int:
         assert self.process is not None
@@ -132,11 +147,11 @@ class Hosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         for host in (self.head, self.other):
             while (pids := host.pids()) and time.monotonic() < deadline:
                 for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
+                    end(pid)
                 time.sleep(0.02)
             if host.process is not None:
                 host.process.wait(PATIENCE)
