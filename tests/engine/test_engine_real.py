@@ -37,7 +37,7 @@ print(json.dumps({"flags": flags, "names": names, "methods": QUANTIZATION_METHOD
 """
 
 
-def ask(engine: RealEngine, path: str, body: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
+def ask(engine: RealEngine, path: str, body: dict[str, Any], seconds: float = 240) -> dict[str, Any]:
     """One call straight to vLLM."""
     request = urllib.request.Request(
         f"{engine.url}{path}",
@@ -71,7 +71,7 @@ def test_it_tells_what_it_is(engine: RealEngine) -> None:
 def test_the_progress_page_is_the_supervisors_alone(engine: RealEngine) -> None:
     request = urllib.request.Request(f"{engine.url}/engine/progress", headers={"x-engine-token": "guessed"})
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 404
     refused.value.close()
 

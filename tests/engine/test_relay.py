@@ -40,7 +40,7 @@ def gateway(engine: Any) -> Iterator[GatewayProcess]:
 
 
 def ask(port: int, path: str, body: dict[str, Any], key: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
     try:
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
         connection.request("POST", path, json.dumps(body), headers)
@@ -76,7 +76,7 @@ def port_of(engine: Any) -> int:
 
 
 def counted(engine: Any, pattern: re.Pattern[bytes]) -> float:
-    with urllib.request.urlopen(f"{engine.url}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"{engine.url}/metrics", timeout=60) as page:
         return sum(float(value) for value in pattern.findall(page.read()))
 
 

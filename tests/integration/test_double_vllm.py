@@ -27,7 +27,7 @@ def engine() -> Iterator[VllmDouble]:
 
 def post(engine: VllmDouble, path: str, body: Any, **headers: str) -> tuple[int, bytes]:
     """One POST on a connection of its own; raises what http.client raises on a broken answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
     sent = {"content-type": "application/json", "authorization": f"Bearer {KEY}", **headers}
     try:
         connection.request("POST", path, json.dumps(body), {name.replace("_", "-"): v for name, v in sent.items()})
@@ -236,7 +236,7 @@ def test_the_bytes_do_not_depend_on_the_writes(engine: VllmDouble, told: str) ->
 
 def test_metrics_and_health(engine: VllmDouble) -> None:
     state = engine.state()
-    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     engine.health(503)

@@ -87,7 +87,7 @@ def test_it_serves_and_takes_over_a_new_certificate(folder: Path) -> None:
         wait_until("the new certificate is served", taken_over)
     finally:
         process.send_signal(signal.SIGQUIT)
-        process.wait(10)
+        process.wait(60)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the watching loop; its sleep would end it at the next turn
 
@@ -100,7 +100,7 @@ def test_without_a_rendering_for_this_nginx_it_says_so(folder: Path) -> None:
     done = subprocess.run(
         ["/bin/sh", ROOT / "nginx/start.sh"],
         env={"PATH": f"{os.environ['PATH']}:/usr/sbin", "EDGE_CONFIG": str(folder / "config")},
-        capture_output=True, text=True, timeout=20, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "no configuration for nginx" in done.stderr

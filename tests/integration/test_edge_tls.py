@@ -27,7 +27,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 
 
 def handshake(edge: Edge, context: ssl.SSLContext, name: str = "localhost") -> ssl.SSLSocket:
-    plain = socket.create_connection(("127.0.0.1", edge.https), timeout=5)
+    plain = socket.create_connection(("127.0.0.1", edge.https), timeout=60)
     return context.wrap_socket(plain, server_hostname=name)
 
 

@@ -34,7 +34,7 @@ def test_a_service_in_the_foreground_ends_with_its_signal(
         wait_until(f"{name} listens", lambda: accepts(port))
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 def test_an_unknown_service_is_refused(environment: dict[str, str]) -> None:

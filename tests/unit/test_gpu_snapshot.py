@@ -109,5 +109,5 @@ def test_a_sampler_that_fails_ends_the_program() -> None:
     )
     sampler.start()
     assert died.wait(60)
-    sampler.thread.join(10)
+    sampler.thread.join(60)
     assert not sampler.thread.is_alive()

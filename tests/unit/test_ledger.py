@@ -20,7 +20,7 @@ class Lock:
     """Another program that keeps the SQLite file locked for writing."""
 
     def __init__(self, path) -> None:
-        self.connection = sqlite3.connect(path, isolation_level=None, timeout=10)
+        self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
 
     def __enter__(self):
         self.connection.execute("BEGIN EXCLUSIVE")
