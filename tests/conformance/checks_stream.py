@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.conformance.endpoint import Endpoint, Skipped, Stream, expect
+from tests.conformance.endpoint import Endpoint, Failed, Skipped, Stream, expect
 
 QUESTION = "Count from one to ten in words."
 UNSUPPORTED = (400, 404, 405, 501)
@@ -142,12 +142,16 @@ async def stream_several(endpoint: Endpoint) -> str:
 
 async def stream_pieces(endpoint: Endpoint) -> str:
     """chat stream: events arrive as they are made, not all at the end"""
-    stream = await streamed(endpoint, max_tokens=64)
-    if stream.seconds < 0.3 or len(stream.events) < 16:
-        raise Skipped("the answer was too quick to tell")
-    first, last = stream.events[0].at, stream.events[-1].at
-    expect(last - first > 0.3 * stream.seconds, f"first event at {first:.2f} s, last at {last:.2f} s")
-    return f"first event after {first:.2f} of {stream.seconds:.2f} s"
+    told = ""
+    for _ in range(3):  # a wait before the first event looks like a buffer; only a buffer is there every time
+        stream = await streamed(endpoint, max_tokens=64)
+        if stream.seconds < 0.3 or len(stream.events) < 16:
+            raise Skipped("the answer was too quick to tell")
+        first, last = stream.events[0].at, stream.events[-1].at
+        if last - first > 0.3 * stream.seconds:
+            return f"first event after {first:.2f} of {stream.seconds:.2f} s"
+        told = f"first event at {first:.2f} s, last at {last:.2f} s"
+    raise Failed(told)
 
 
 async def completions(endpoint: Endpoint) -> str:

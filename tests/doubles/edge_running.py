@@ -6,54 +6,25 @@ import contextlib
 import dataclasses
 import json
 import os
-import select
+import queue
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2 as httpx
 import pytest
 from services.init import certificate, nginx_conf
 
-Value = TypeVar("Value")
+from tests.doubles.ports import accepts, free_ports
+from tests.doubles.waiting import PATIENCE, wait_until
+
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed on this machine (apt-get install nginx)")
-
-
-def wait_until(what: str, probe: Callable[[], Value | None], seconds: float = 40) -> Value:
-    """The first true answer of `probe`; fails saying `what` never came true."""
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        found = probe()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"waited {seconds} s in vain for: {what}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-def accepts(port: int) -> bool:
-    """Whether somebody listens on 127.0.0.1:`port`."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def nginx_version() -> tuple[nginx_conf.Version, nginx_conf.Version]:
@@ -68,13 +39,21 @@ class Upstream:
     """The process behind nginx."""
 
     process: subprocess.Popen[str]
-    port: int
+    port: int = 0
+    _lines: queue.Queue[str] = dataclasses.field(default_factory=queue.Queue)
 
-    def next_line(self, seconds: float = 5) -> str:
-        """What it prints next; empty when nothing comes in time."""
+    def listen(self) -> None:
+        """Take what it prints, until it ends. In a thread: a pipe that is read by lines cannot be asked whether there are more."""
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return self.process.stdout.readline().strip() if ready else ""
+        for line in self.process.stdout:
+            self._lines.put(line.strip())
+
+    def next_line(self, seconds: float = PATIENCE) -> str:
+        """What it prints next; empty when nothing comes in time."""
+        try:
+            return self._lines.get(timeout=seconds)
+        except queue.Empty:
+            return ""
 
 
 @dataclasses.dataclass
@@ -98,12 +77,16 @@ class Edge:
         return ssl.create_default_context(cafile=str(self.folder / "certificates" / certificate.CHAIN))
 
     def client(self, http2: bool = False, **more: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, verify=self.trust(), http2=http2, timeout=20, **more)
+        return httpx.Client(base_url=self.url, verify=self.trust(), http2=http2, timeout=PATIENCE, **more)
 
     def access_log(self) -> list[dict[str, Any]]:
         """The whole access log; every line must be JSON."""
+        return [json.loads(line) for line in self.access_lines()]
+
+    def access_lines(self) -> list[str]:
+        """Its whole lines so far; one that is just being written is left for the next look."""
         path = self.folder / "access.log"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return path.read_text().split("\n")[:-1] if path.exists() else []
 
     def logged(self, request_id: str) -> dict[str, Any]:
         """The log line of one call, once it is written."""
@@ -126,12 +109,15 @@ def upstream(port: int = 0) -> Iterator[Upstream]:
     process = subprocess.Popen(
         [sys.executable, str(program), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    running = Upstream(process)
+    listener = threading.Thread(target=running.listen)
+    listener.start()
     try:
-        running = Upstream(process, 0)
-        running.port = int(running.next_line(15))
+        running.port = int(running.next_line())
         yield running
     finally:
         process.kill()
+        listener.join()
         process.communicate()
 
 
@@ -177,4 +163,4 @@ def edge(folder: Path, user: int | None = None, **settings: Any) -> Iterator[Edg
             yield Edge(folder, described, process, behind, https, http, status)
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(PATIENCE)

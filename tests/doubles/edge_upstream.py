@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 
 from aiohttp import web
+
+STEPS = asyncio.Semaphore(0)
 
 
 async def told(request: web.Request) -> web.Response:
@@ -22,15 +23,22 @@ async def told(request: web.Request) -> web.Response:
 
 
 async def stream(request: web.Request) -> web.StreamResponse:
-    """`chunks` SSE events, `gap` seconds apart, each with the clock at which it left here."""
+    """`chunks` SSE events, `gap` seconds apart; with `steps`, each but the first only once `/v1/step` has been asked for."""
     answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await answer.prepare(request)
     for number in range(int(request.query.get("chunks", "10"))):
-        event = {"number": number, "sent": time.monotonic()}
-        await answer.write(f"data: {json.dumps(event)}\n\n".encode())
+        if number and "steps" in request.query:
+            await STEPS.acquire()
+        await answer.write(f"data: {json.dumps({'number': number})}\n\n".encode())
         await asyncio.sleep(float(request.query.get("gap", "0.02")))
     await answer.write(b"data: [DONE]\n\n")
     return answer
+
+
+async def step(request: web.Request) -> web.Response:
+    """One event more of the stream that goes by steps."""
+    STEPS.release()
+    return web.Response()
 
 
 async def named(request: web.Request) -> web.Response:
@@ -64,6 +72,7 @@ def application() -> web.Application:
     """All routes; unknown ones tell what arrived too, so that nothing slips through unseen."""
     app = web.Application(client_max_size=1 << 30)
     app.router.add_route("*", "/v1/stream", stream)
+    app.router.add_route("*", "/v1/step", step)
     app.router.add_route("*", "/v1/refused", named)
     app.router.add_route("*", "/v1/hold", hold)
     app.router.add_route("*", "/v1/drop", drop)

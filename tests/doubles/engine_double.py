@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import _multiprocessing
 import asyncio
+import hashlib
 import importlib
 import json
 import mmap
@@ -37,15 +38,21 @@ def value(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1]
 
 
+def mark_of_this_engine() -> str:
+    """What its shared memory is known by, whoever else runs a double on this machine."""
+    return hashlib.sha256(os.environ["DOUBLE_CONTROL"].encode()).hexdigest()[:12]
+
+
 def core() -> None:
     """Answers each line after its prefill; holds shared memory; has a child outside the session."""
-    memory = Path(f"/dev/shm/psm_double_{os.getpid()}")
+    mine = f"{mark_of_this_engine()}_{os.getpid()}"
+    memory = Path(f"/dev/shm/psm_double_{mine}")
     memory.write_bytes(b"\0" * 4096)
     with memory.open("r+b") as file:
         held = mmap.mmap(file.fileno(), 4096)
     held[0] = 1
     # As vLLM's workers have: a named semaphore, which nobody unlinks when its maker is killed.
-    semaphore = _multiprocessing.SemLock(1, 1, 1, f"/double_{os.getpid()}", False)
+    semaphore = _multiprocessing.SemLock(1, 1, 1, f"/double_{mine}", False)
     semaphore.acquire()
     nothing = subprocess.DEVNULL  # our own pipes must end with us
     subprocess.Popen([sys.executable, __file__, "escaped"], start_new_session=True, stdin=nothing, stdout=nothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,14 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.doubles.engine_running import ENGINE, ROOT, until
+from tests.doubles.engine_running import ENGINE, ROOT
+from tests.doubles.waiting import PATIENCE, wait_until
 
 TOKEN = "a-token-that-the-machines-share-0123456789"
 PORT, STATUS = 8000, 8001  # of the namespaces' own
 _GET = """
 import sys, urllib.error, urllib.request
 try:
-    with urllib.request.urlopen(sys.argv[1], timeout=5) as answer: print(answer.status, answer.read().decode(), end="")
+    with urllib.request.urlopen(sys.argv[1], timeout=20) as answer: print(answer.status, answer.read().decode(), end="")
 except urllib.error.HTTPError as refused: print(refused.code, refused.read().decode(), end="")
 except OSError: print(0, end="")
 """
@@ -28,6 +30,20 @@ except OSError: print(0, end="")
 
 def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def command_line(pid: int) -> str:
+    """Empty when it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def end(pid: int) -> None:
+    """SIGKILL, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 class Host:
@@ -69,7 +85,7 @@ class Host:
         code, body = self.ask("/status")
         return json.loads(body) if code == 200 else {"state": "gone", "line": "", "restarts": 0}
 
-    def wait(self, what: str, holds: Any, seconds: float = 90) -> dict[str, Any]:
+    def wait(self, what: str, holds: Any, seconds: float = 3 * PATIENCE) -> dict[str, Any]:
         """The first status for which `holds`."""
 
         def there() -> dict[str, Any] | None:
@@ -77,7 +93,7 @@ class Host:
             return status if holds(status) else None
 
         try:
-            found: dict[str, Any] = until(f"{self.name}: {what}", there, seconds)
+            found: dict[str, Any] = wait_until(f"{self.name}: {what}", there, seconds)
         except AssertionError as late:
             raise AssertionError(f"{late}; status {self.status()}; log {self.log.read_text()[-3000:]}") from None
         return found
@@ -87,15 +103,15 @@ class Host:
 
     def kill(self, part: str) -> None:
         """Kill -9 whoever has `part` in its command line."""
-        found = [pid for pid in self.pids() if part in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")]
+        found = [pid for pid in self.pids() if part in command_line(pid)]
         assert found, part
         for pid in found:
-            os.kill(pid, signal.SIGKILL)
+            end(pid)
 
     def stop(self) -> int:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(2 * PATIENCE)
 
 
 class Hosts:
@@ -131,13 +147,13 @@ class Hosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         for host in (self.head, self.other):
             while (pids := host.pids()) and time.monotonic() < deadline:
                 for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
+                    end(pid)
                 time.sleep(0.02)
             if host.process is not None:
-                host.process.wait(10)
+                host.process.wait(PATIENCE)
             ip("netns", "del", host.name)
             shutil.rmtree(f"/tmp/ray-{host.name}", ignore_errors=True)

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import http.client
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.doubles.ports import free_ports
+from tests.doubles.waiting import PATIENCE, wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = Path(sys.executable).parent / "engine"
 
 
-def until(what: str, probe: Callable[[], Any], seconds: float) -> Any:
-    """The first true value of `probe`, asked again and again until `seconds` are over; fails saying `what` was awaited."""
-    deadline = time.monotonic() + seconds
-    while True:
-        if found := probe():
-            return found
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds:g} s in vain for: {what}")
-        time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def command_line(process: psutil.Process) -> str:
+    """Its command line, or the title that it gave itself; empty when it is no more."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()) or process.name()
+    return ""
 
 
 class RunningEngine:
@@ -46,7 +38,7 @@ class RunningEngine:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port, self.status_port = free_port(), free_port()
+        self.port, self.status_port = free_ports(2)
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         self.environment = {
             **kept,
@@ -58,7 +50,6 @@ class RunningEngine:
         self.log = folder / "log.txt"
         self.before: list[str] = []  # a program that runs `engine`, if not directly
         self.process: subprocess.Popen[bytes] | None = None
-        self._shared_memory = set(os.listdir("/dev/shm"))
         self._sessions: set[int] = set()
 
     def start(self) -> RunningEngine:
@@ -81,7 +72,7 @@ class RunningEngine:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()  # the guard must then end all the rest
             self.process.wait()
-        until("the guard to end all that the supervisor left", lambda: not self.family(), 30)
+        wait_until("the guard ends all that the supervisor left", lambda: not self.family())
 
     @property
     def url(self) -> str:
@@ -90,19 +81,19 @@ class RunningEngine:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a page of the supervisor; (0, "") when it does not listen."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}{path}", timeout=20) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as refused:
             with refused:
                 return refused.code, refused.read().decode()
-        except (OSError, urllib.error.URLError):
+        except (OSError, http.client.HTTPException):
             return 0, ""
 
     def status(self) -> dict[str, Any]:
         code, body = self.get("/status")
-        return json.loads(body) if code == 200 else {"state": "gone", "ready": False}
+        return json.loads(body) if code == 200 else {"state": "gone", "ready": False, "restarts": None}
 
-    def wait_for(self, state: str, seconds: float = 20) -> dict[str, Any]:
+    def wait_for(self, state: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """The status once the engine is in `state`."""
 
         def there() -> dict[str, Any] | None:
@@ -110,17 +101,20 @@ class RunningEngine:
             return status if status["state"] == state else None
 
         try:
-            found: dict[str, Any] = until(f"state {state}", there, seconds)
+            found: dict[str, Any] = wait_until(f"state {state}", there, seconds)
         except AssertionError as late:
             raise AssertionError(f"{late}; status {self.status()}; log {self.log.read_text()[-3000:]}") from None
         return found
 
     def metric(self, line: str) -> float:
-        """The value of one series, written as in the exposition."""
-        for found in self.get("/metrics")[1].splitlines():
-            if found.startswith(line + " "):
-                return float(found.rpartition(" ")[2])
-        raise AssertionError(f"no {line} in /metrics")
+        """The value of one series, written as in the exposition; waits until there is one."""
+
+        def told() -> str | None:
+            lines = self.get("/metrics")[1].splitlines()
+            return next((found for found in lines if found.startswith(line + " ")), None)
+
+        found: str = wait_until(f"{line} in /metrics", told)
+        return float(found.rpartition(" ")[2])
 
     def family(self) -> list[psutil.Process]:
         """All living processes of this engine: of its sessions, or with its state folder in their environment.
@@ -144,9 +138,18 @@ class RunningEngine:
 
     def one(self, part: str) -> psutil.Process:
         """The one process whose command line or name contains `part`."""
-        found = [p for p in self.family() if part in " ".join(p.cmdline()) or part in p.name()]
-        assert len(found) == 1, f"{part}: {found}"
-        return found[0]
+
+        def alone() -> psutil.Process | None:
+            found = [p for p in self.family() if part in command_line(p)]
+            return found[0] if len(found) == 1 else None  # one that was just forked bears its parent's for a moment
+
+        process: psutil.Process = wait_until(f"exactly one {part}", alone)
+        return process
+
+    def shared(self) -> list[str]:
+        """Names under /dev/shm of this engine's double: its memory and its semaphore."""
+        mark = hashlib.sha256(self.environment["DOUBLE_CONTROL"].encode()).hexdigest()[:12]
+        return sorted(name for name in os.listdir("/dev/shm") if f"double_{mark}_" in name)
 
     def zombies(self) -> list[psutil.Process]:
         """Dead children that nobody has collected, below the supervisor."""
@@ -158,7 +161,7 @@ class RunningEngine:
         """Signal the supervisor and wait; its exit code."""
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(2 * PATIENCE)
 
     def evidence(self) -> list[Path]:
         folder = Path(self.environment["ENGINE_STATE_DIR"]) / "evidence"
@@ -185,7 +188,7 @@ def with_double(folder: Path, **environment: str) -> RunningEngine:
             "MODEL_NAME": "double",
             "MODEL_CACHE_DIR": str(folder / "models"),
             "DOUBLE_CONTROL": str(folder / "control.json"),
-            "ENGINE_HANG_SECONDS": "2",
+            "ENGINE_HANG_SECONDS": "4",
             "ENGINE_CANARY_SECONDS": "0.5",
             **environment,
         },
@@ -197,8 +200,3 @@ def control(engine: RunningEngine, **settings: Any) -> None:
     target = engine.folder / "control.json"
     target.with_suffix(".new").write_text(json.dumps(settings))
     shutil.move(target.with_suffix(".new"), target)
-
-
-def shared_memory(prefix: str | tuple[str, ...] = "") -> Iterator[str]:
-    """Names under /dev/shm."""
-    return (name for name in os.listdir("/dev/shm") if name.startswith(prefix))

@@ -10,7 +10,7 @@ import openai
 
 from tests.doubles.flow_site import PATHS
 from tests.doubles.gateway import KEY, GatewayProcess
-from tests.doubles.vllm import wait_until
+from tests.doubles.waiting import PATIENCE, wait_until
 
 
 class Patient:
@@ -24,7 +24,7 @@ class Patient:
         self._call = gateway.url, path, body, request_id
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(PATIENCE)
 
     async def _run(self) -> None:
         url, path, body, request_id = self._call
@@ -49,10 +49,10 @@ class Patient:
             self.outcome = error
 
     def read_some(self) -> None:
-        wait_until("some tokens", lambda: self.received >= 5, 30)
+        wait_until("some tokens", lambda: self.received >= 5)
 
     def leave(self) -> None:
         self._loop.call_soon_threadsafe(lambda: self._deadline.reschedule(self._loop.time()))
-        self._thread.join(10)
+        self._thread.join(PATIENCE)
         assert isinstance(self.outcome, TimeoutError)
         self._loop.close()

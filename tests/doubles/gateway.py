@@ -18,9 +18,9 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
-from tests.doubles.vllm import wait_until
+from tests.doubles.waiting import PATIENCE, wait_until
 
-START_SECONDS = 30.0
+START_SECONDS = 90.0
 KEY = "sk-test-0123456789abcdef"
 ADMIN_KEY = "sk-admin-0123456789abcdef"
 
@@ -93,7 +93,7 @@ class GatewayProcess:
             START_SECONDS,
         )  # type: ignore[union-attr]
         if not self._listening.is_set():
-            self._reader.join(5)
+            self._reader.join(PATIENCE)
             raise RuntimeError(
                 f"the gateway did not start (exit {self.process.poll()}): {b''.join(self.raw)[-3000:]!r}"
             )
@@ -126,7 +126,7 @@ class GatewayProcess:
         self.process.kill()
         self._reap()
 
-    def terminate(self, seconds: float = 15.0) -> int:
+    def terminate(self, seconds: float = PATIENCE) -> int:
         """SIGTERM; returns the exit status."""
         assert self.process is not None
         self.signal(signal.SIGCONT)
@@ -143,13 +143,13 @@ class GatewayProcess:
         assert self.process is not None
         status = self.process.wait()
         if self._reader is not None:
-            self._reader.join(5)
+            self._reader.join(PATIENCE)
         self.process = None
         return status
 
     def request(self, method: str, path: str, body: Any = None, key: str | None = KEY, **headers: str) -> Answer:
         """One request on a connection of its own; `body` is JSON, or bytes as they are."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if key is not None:
             sent.setdefault("authorization", f"Bearer {key}")
@@ -178,7 +178,7 @@ class GatewayProcess:
         body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
         return self.post("/v1/chat/completions", body, key)
 
-    def closed(self, request_id: str, seconds: float = 5.0) -> dict[str, Any]:
+    def closed(self, request_id: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """The `call_closed` line of a call; waits for it."""
         return wait_until(
             f"call_closed of {request_id}",
@@ -196,7 +196,7 @@ class GatewayProcess:
             env={**base, **self.environment},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=2 * PATIENCE,
         )
 
     def __enter__(self) -> Self:

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.doubles.edge_running import free_ports, wait_until
+from tests.doubles.ports import free_ports
+from tests.doubles.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = shutil.which("prometheus")
@@ -56,7 +57,7 @@ def fetch(url: str, form: dict[str, str] | None = None, accept: str = "*/*") -> 
     data = urllib.parse.urlencode(form).encode() if form is not None else None
     request = urllib.request.Request(url, data, {"Accept": accept})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -128,11 +129,11 @@ def prometheus(folder: Path, impatient: bool = False, **addresses: str) -> Itera
         )
         running = Prometheus(f"http://127.0.0.1:{port}", folder)
         try:
-            wait_until("Prometheus is ready", lambda: up(f"{running.url}/-/ready", "is Ready"), 30)
+            wait_until("Prometheus is ready", lambda: up(f"{running.url}/-/ready", "is Ready"))
             yield running
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE)
 
 
 @contextlib.contextmanager
@@ -146,11 +147,11 @@ def gpu_exporter(**environment: str) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until("the exporter answers", lambda: up(f"http://127.0.0.1:{port}/metrics"), 20)
+        wait_until("the exporter answers", lambda: up(f"http://127.0.0.1:{port}/metrics"))
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE)
 
 
 class Collector:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.doubles.vllm import wait_until
+from tests.doubles.waiting import PATIENCE, wait_until
 
 
 def programs() -> Path | None:
@@ -46,7 +46,9 @@ class Postgres:
         return [*user, str(self._binaries / program), *arguments]
 
     def _run(self, program: str, *arguments: str) -> None:
-        subprocess.run(self._argv(program, *arguments), check=True, capture_output=True, cwd=self.folder, timeout=60)
+        subprocess.run(
+            self._argv(program, *arguments), check=True, capture_output=True, cwd=self.folder, timeout=2 * PATIENCE
+        )
 
     def start(self) -> None:
         """Start the server; returns when it takes connections."""
@@ -64,7 +66,7 @@ class Postgres:
                 self._argv("postgres", "-D", str(self.folder / "data"), *settings),
                 stdout=log, stderr=log, cwd=self.folder,
             )  # fmt: skip
-        wait_until("PostgreSQL takes connections", self._answers, 30)
+        wait_until("PostgreSQL takes connections", self._answers)
 
     def _answers(self) -> bool:
         assert self.process is not None
@@ -72,7 +74,7 @@ class Postgres:
             raise RuntimeError((self.folder / "log").read_text()[-2000:])
         import psycopg
 
-        with contextlib.suppress(psycopg.OperationalError), psycopg.connect(self._url("postgres"), connect_timeout=2):
+        with contextlib.suppress(psycopg.OperationalError), psycopg.connect(self._url("postgres"), connect_timeout=10):
             return True
         return False
 
@@ -93,7 +95,7 @@ class Postgres:
         """Stop the server: at once but cleanly, or with another signal."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
-            self.process.wait(30)
+            self.process.wait(PATIENCE)
         self.process = None
 
     def pause(self) -> None:

@@ -11,18 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from tests.doubles.edge_running import free_ports, wait_until
 from tests.doubles.monitoring import fetch
+from tests.doubles.ports import free_ports
+from tests.doubles.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 VENV = Path(os.environ.get("ENGINE_VENV") or ROOT / ".state/engine-venv")
 MODELS = Path(os.environ.get("MODEL_CACHE_DIR") or ROOT / ".state/models")
 START_SECONDS = 300.0
-needs_engine = pytest.mark.skipif(
-    not (VENV / "bin/python").exists(), reason=f"vLLM's CPU build is not in {VENV} (scripts/engine-cpu installs it)"
-)
 
 
 @dataclass
@@ -70,4 +66,4 @@ def supervised(folder: Path, model: str = "smol") -> Iterator[Supervised]:
             yield Supervised(f"http://127.0.0.1:{port}", "engine-secret", f"127.0.0.1:{status}", model, process)
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(2 * PATIENCE)

@@ -6,7 +6,6 @@ with VllmDouble(api_key="k") as engine:
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import select
@@ -15,33 +14,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from tests.doubles.waiting import PATIENCE, wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 30.0
-
-
-def wait_until(what: str, condition: Callable[[], Any], seconds: float = 10.0, every: float = 0.02) -> Any:
-    """Poll `condition` until it is true and return its value; fail naming `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {seconds} s (last value: {value!r})")
-        time.sleep(every)
-
-
-async def until(what: str, condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    """`wait_until` for a test that runs on the loop itself."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {seconds} s")
-        await asyncio.sleep(0.01)
+START_SECONDS = 90.0
 
 
 class VllmDouble:
@@ -64,6 +43,11 @@ class VllmDouble:
 
     def start(self) -> Self:
         """Start, or start again on the same port after `kill`; returns when it listens."""
+        wait_until("the vLLM double listens", self._started, START_SECONDS)
+        return self
+
+    def _started(self) -> bool:
+        """Whether it came up. A port that it had before may be somebody's near end of a connection for a moment."""
         argv = [*self._argv, *([f"--port={self.port}"] if self.port else [])]
         self.process = subprocess.Popen(
             argv, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -74,9 +58,11 @@ class VllmDouble:
         line = stdout.readline() if ready else b""
         if not line:
             self.stop()
-            raise RuntimeError(f"the vLLM double did not start (exit {self.process and self.process.poll()})")
+            if not self.port:
+                raise RuntimeError("the vLLM double did not start; its error output says why")
+            return False
         self.port = json.loads(line)["listening"]
-        return self
+        return True
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL after five seconds."""
@@ -114,7 +100,7 @@ class VllmDouble:
             headers["authorization"] = f"Bearer {self.api_key}"
         payload = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, payload, headers)
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return json.loads(answer.read())
 
     def state(self) -> dict[str, Any]:
@@ -129,11 +115,15 @@ class VllmDouble:
         """Queue a directive for the next requests that carry none."""
         self.call("/double/fault", {"fault": fault, "times": times})
 
+    def go_on(self) -> None:
+        """Let one stream go on that waits by `wait_after`, or soon will."""
+        self.call("/double/go", {})
+
     def health(self, status: int) -> None:
         """What `/health` answers from now on."""
         self.call("/double/health", {"status": status})
 
-    def wait_idle(self, seconds: float = 1.0) -> float:
+    def wait_idle(self, seconds: float = PATIENCE) -> float:
         """Wait until nothing runs or waits; returns the seconds it took."""
         began = time.monotonic()
         wait_until("the engine is idle", lambda: not (s := self.state())["running"] and not s["waiting"], seconds)

@@ -14,6 +14,9 @@ from tests.doubles.vllm_engine import Record
 FOREVER = 3600.0  # a hang lasts until the client leaves
 
 
+_go = asyncio.Semaphore(0)
+
+
 class Died(Exception):
     """The answer was ended on purpose; nothing more may be written. `response` is there if it ended properly."""
 
@@ -32,6 +35,12 @@ def leaked(directive: Directive) -> dict[str, str]:
 async def hang() -> None:
     """Keep silent; ends only by cancellation."""
     await asyncio.sleep(FOREVER)
+
+
+async def go_on(_: web.Request) -> web.Response:
+    """`POST /double/go`: one stream that waits goes on, or the next one that would."""
+    _go.release()
+    return web.json_response({})
 
 
 async def pause(told_ms: float | None, default_ms: float) -> None:
@@ -87,7 +96,7 @@ class Stream:
     async def event(self, event: bytes) -> None:
         """Send one event, or the fault that stands before it."""
         directive = self.directive
-        for key in ("die_after", "hang_after", "garbage_after"):
+        for key in ("die_after", "hang_after", "wait_after", "garbage_after"):
             if directive.count(key) == self.record.events:
                 await self.flush()
                 await self._fault(key)
@@ -99,6 +108,9 @@ class Stream:
     async def _fault(self, key: str) -> None:
         if key == "hang_after":
             await hang()
+        if key == "wait_after":
+            await _go.acquire()
+            return
         if key == "garbage_after":
             await self.response.write(b"\x00\xff{]garbage that is no event\n")
             await self.close()

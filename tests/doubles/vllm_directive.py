@@ -12,6 +12,7 @@ gateway; or the header `x-double`; or the next one queued by `POST /double/fault
 | `die=headers` `die_after=K` | close before the headers; after K events of a stream (K bytes of a JSON body) |
 | `how=rst|fin|clean` | how: reset, FIN without the last chunk (default), or a proper end of the HTTP body |
 | `hang=headers` `hang_after=K` | keep silent until the client leaves |
+| `wait_after=K` | after K events of a stream, wait for a `POST /double/go` |
 | `error_after=K` | the engine fails: vLLM's error event, then (chat, completions) `[DONE]` |
 | `done=no` | a clean HTTP end without the terminal event |
 | `garbage=headers` `garbage_after=K` | bytes that are no HTTP; bytes that are no SSE |

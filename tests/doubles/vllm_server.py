@@ -3,7 +3,7 @@
     python -m tests.doubles.vllm_server --port 0 --model double
 
 prints one line `{"listening": PORT}`. It authenticates, validates, streams, counts and aborts as vLLM does; how a
-test steers it is in `vllm_directive`. Besides vLLM's routes it has `/double/*` (state, requests, fault, health).
+test steers it is in `vllm_directive`. Besides vLLM's routes it has `/double/*` (state, requests, fault, health, go).
 One difference: it makes a token only when the one before could be written, where vLLM goes on computing.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.doubles.vllm_delivery import Died, Stream, before_headers, break_off, pause, whole
+from tests.doubles.vllm_delivery import Died, Stream, before_headers, break_off, go_on, pause, whole
 from tests.doubles.vllm_dialects import Answer, Chat, Completion, dumps
 from tests.doubles.vllm_directive import SECRET, Directive
 from tests.doubles.vllm_engine import (
@@ -89,6 +89,7 @@ class Double:
         app.router.add_get("/double/state", self.state)
         app.router.add_post("/double/fault", self.fault)
         app.router.add_post("/double/health", self.set_health)
+        app.router.add_post("/double/go", go_on)
         return app
 
     @web.middleware

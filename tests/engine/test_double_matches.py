@@ -17,7 +17,7 @@ import pytest
 from tests.doubles.vllm import VllmDouble
 from tests.doubles.vllm_openapi import recorded, trimmed
 
-pytestmark = pytest.mark.timeout(900)  # the first of these tests may wait for the engine's start
+pytestmark = pytest.mark.timeout(1800)  # the first of these tests may wait for the engine's start
 ASK = [{"role": "user", "content": "one two three"}]
 USAGE = {"include_usage": True}
 RUNNING = {"include_usage": True, "continuous_usage_stats": True}
@@ -98,7 +98,7 @@ def ask(port: int, key: str, model: str, path: str, body: Body) -> tuple[int, st
     if isinstance(body, dict):
         named = {"model": model, **body}
         body = json.dumps({name: value for name, value in named.items() if value is not None}).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
     try:
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
         connection.request("POST", path, body, headers)
@@ -161,7 +161,7 @@ SERIES = re.compile(r"^(vllm:[a-z_]+)\{([^}]*)\} ", re.MULTILINE)
 
 
 def metrics(port: int) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("GET", "/metrics")
         return connection.getresponse().read().decode()
@@ -191,7 +191,7 @@ def test_every_metric_of_the_double_is_one_of_the_real_engine(engine: Any, doubl
 def test_the_pages_beside_it_are_alike(engine: Any, double: VllmDouble, path: str):
     told = []
     for port in (int(engine.port), double.port):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
             connection.request("GET", path, headers={"authorization": f"Bearer {engine.api_key}"})
             answer = connection.getresponse()
@@ -210,7 +210,7 @@ def test_the_pages_beside_it_are_alike(engine: Any, double: VllmDouble, path: st
 def test_the_recorded_description_of_vllms_routes_is_still_true(engine: Any):
     """What random bodies are generated from; `trimmed` of the engine's own `/openapi.json`."""
     version, document = (
-        json.loads(urllib.request.urlopen(f"{engine.url}{path}", timeout=30).read())
+        json.loads(urllib.request.urlopen(f"{engine.url}{path}", timeout=60).read())
         for path in ("/version", "/openapi.json")
     )
     now, then = trimmed(document, version=version["version"]), recorded()

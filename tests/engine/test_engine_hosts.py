@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from tests.doubles.engine_hosts import TOKEN, Hosts
-from tests.doubles.engine_running import ROOT, until
+from tests.doubles.engine_running import ROOT
+from tests.doubles.waiting import wait_until
 
 CAN = os.geteuid() == 0 and shutil.which("ip") is not None
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not CAN, reason="network namespaces need root and the program `ip`"),
 ]
 # What vLLM does with Ray: a bundle for each GPU, a worker in each; here they say where they are.
@@ -65,7 +66,7 @@ def hosts(ray_python: Path, tmp_path: Path) -> Iterator[Hosts]:
     (model / "config.json").write_text(
         '{"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 128}'
     )
-    places = {"MODEL_NAME": "double", "MODEL_CACHE_DIR": str(tmp_path / "models"), "ENGINE_HANG_SECONDS": "2"}
+    places = {"MODEL_NAME": "double", "MODEL_CACHE_DIR": str(tmp_path / "models"), "ENGINE_HANG_SECONDS": "60"}
     with Hosts(tmp_path / "hosts", program, places) as both:
         yield both
 
@@ -80,7 +81,7 @@ def test_two_machines_make_one_cluster_and_make_it_again(hosts: Hosts, ray_pytho
     other.wait("is refused", lambda status: status["restarts"] >= 1)
     assert other.ask("/ready")[0] == 503
     assert other.stop() == 0
-    until("nobody to be left of the refused one", lambda: not other.pids(), 20)
+    wait_until("nobody to be left of the refused one", lambda: not other.pids())
     assert head.status()["state"] == "starting"
 
     joined = time.monotonic()
@@ -89,7 +90,7 @@ def test_two_machines_make_one_cluster_and_make_it_again(hosts: Hosts, ray_pytho
     head.wait("serves", lambda status: status["state"] == "ready")
     print(f"\nready {time.monotonic() - joined:.0f} s after the second machine came")
     where = {"RAY_ADDRESS": "10.213.7.1:6379", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    assert head.command(str(ray_python), "-W", "ignore", "-c", PLACED, **where).wait(90) == 0
+    assert head.command(str(ray_python), "-W", "ignore", "-c", PLACED, **where).wait(240) == 0
     assert "placed on ['10.213.7.1', '10.213.7.2']" in head.log.read_text()
 
     killed = time.monotonic()
@@ -107,9 +108,9 @@ def test_two_machines_make_one_cluster_and_make_it_again(hosts: Hosts, ray_pytho
 
     other.process.kill()  # type: ignore[union-attr]
     other.process.wait()  # type: ignore[union-attr]
-    until("nobody to be left on the second machine", lambda: not other.pids(), 30)
+    wait_until("nobody to be left on the second machine", lambda: not other.pids())
     assert head.stop() == 0
-    until("nobody to be left on the first machine", lambda: not head.pids(), 30)
+    wait_until("nobody to be left on the first machine", lambda: not head.pids())
 
 
 def test_each_machine_says_what_it_lacks(hosts: Hosts) -> None:
@@ -126,5 +127,5 @@ def test_each_machine_says_what_it_lacks(hosts: Hosts) -> None:
         hosts.head.log.write_text("")
         hosts.head.start(verb, **{variable: value})
         assert hosts.head.process is not None
-        assert hosts.head.process.wait(60) == 2
+        assert hosts.head.process.wait(120) == 2
         assert words in hosts.head.log.read_text()

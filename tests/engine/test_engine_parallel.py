@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from tests.doubles.engine_running import until
+from tests.doubles.waiting import wait_until
 from tests.engine.conftest import START_SECONDS, RealEngine, real
-from tests.engine.test_engine_faults import check_hang, held, vllm_processes
+from tests.engine.test_engine_faults import HANG_SECONDS, check_hang, held, vllm_processes
 from tests.engine.test_engine_real import ask, tiny_model
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
@@ -25,7 +25,7 @@ def pair(built: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Ite
     """An engine of two workers."""
     folder = tmp_path_factory.mktemp("pair")
     places = {"MODEL_NAME": str(tiny_model("llama", built, folder)), "SERVED_MODEL_NAME": RealEngine.model}
-    with real(folder / "run", built, TP_SIZE="2", **places) as running:
+    with real(folder / "run", built, TP_SIZE="2", ENGINE_HANG_SECONDS=HANG_SECONDS, **places) as running:
         started = time.monotonic()
         running.ready()
         print(f"\nready after {time.monotonic() - started:.0f} s: {running.status()['phase_seconds']}")
@@ -57,13 +57,14 @@ def test_whoever_is_killed(pair: RealEngine, role: str) -> None:
     victim = process(pair, role)
     victim.kill()
     killed = time.monotonic()
-    until("not ready", lambda: pair.get("/ready")[0] == 503, 60)
+    wait_until("not ready", lambda: pair.get("/ready")[0] == 503)
     noticed = time.monotonic() - killed
-    until("a restart", lambda: pair.status()["restarts"] == restarts + 1, 60)
+    wait_until("a restart", lambda: pair.status()["restarts"] == restarts + 1)
     pair.wait_for("ready", START_SECONDS)
     print(f"\n{role} killed: noticed after {noticed:.1f} s, back after {time.monotonic() - killed:.0f} s")
-    assert noticed < 20
-    assert [old for old in family if old.is_running() and old.pid != pair.process.pid] == []
+    assert noticed < 40
+    old = [process for process in family if process.pid != pair.process.pid]
+    wait_until("nobody is left of the old ones", lambda: not [one for one in old if one.is_running()])
     assert pair.zombies() == []
     assert memory & set(os.listdir("/dev/shm")) - held(pair) == set()
     check_answers(pair)
@@ -77,7 +78,7 @@ def test_a_killed_supervisor_leaves_nobody_and_the_next_one_serves(pair: RealEng
     pair.process.kill()
     killed = time.monotonic()
     pair.process.wait()
-    until("everyone to be gone", lambda: not [p for p in family if p.is_running()], 30)
+    wait_until("everyone to be gone", lambda: not [p for p in family if p.is_running()])
     gone = time.monotonic() - killed
     assert memory & set(os.listdir("/dev/shm")) == set()
     pair.start().ready()

@@ -6,12 +6,13 @@ from contextlib import ExitStack
 
 import pytest
 from grafana import queries
-from tests.doubles.edge_running import needs_nginx, wait_until
+from tests.doubles.edge_running import needs_nginx
 from tests.doubles.monitored import Monitored, monitored
 from tests.doubles.monitoring import families, needs_prometheus
-from tests.doubles.supervised import needs_engine, supervised
+from tests.doubles.waiting import wait_until
+from tests.engine.conftest import RealEngine
 
-pytestmark = [needs_engine, needs_nginx, needs_prometheus, pytest.mark.timeout(400)]
+pytestmark = [needs_nginx, needs_prometheus, pytest.mark.timeout(1800)]  # the first may wait for the engine's start
 
 # What even the real engine does not show in a minute of good health, with the reason.
 WELL = "empty while all is well"
@@ -22,16 +23,16 @@ QUIET = {
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
-    folder = tmp_path_factory.mktemp("engine")
+def stack(engine: RealEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
+    folder = tmp_path_factory.mktemp("monitored")
     with ExitStack() as started:
-        real = started.enter_context(supervised(folder))
-        running = started.enter_context(monitored(folder, real.url, real.api_key, real.model, engine=real.status))
-        running.traffic(15)
+        status = f"127.0.0.1:{engine.status_port}"
+        running = started.enter_context(monitored(folder, engine.url, engine.api_key, engine.model, engine=status))
+        running.traffic(6)
         recorded = "engine:prefix_cache_hits_per_queries:ratio_rate5m >= 0"
-        wait_until("the recordings have values", lambda: running.prometheus.query(recorded), 30)
+        wait_until("the recordings have values", lambda: running.prometheus.query(recorded))
         canaries = "rate(engine_canary_seconds_count[1m]) > 0"  # sent while the engine is idle
-        wait_until("canaries are counted", lambda: running.prometheus.query(canaries), 60)
+        wait_until("canaries are counted", lambda: running.prometheus.query(canaries))
         yield running
 
 
@@ -49,7 +50,7 @@ def test_every_query_about_the_engine_gives_data(stack: Monitored) -> None:
         and (one.board == "Engine" or any(map(of_the_engine, families(one.expr))))
     ]
     assert len(asked) > 35
-    assert [f"{one.name}: {one.expr}" for one in asked if stack.prometheus.empty(one.expr)] == []
+    assert stack.blank({f"{one.name}: {one.expr}": one.expr for one in asked}) == []
 
 
 def test_every_family_of_rules_about_the_engine_is_exported(stack: Monitored) -> None:

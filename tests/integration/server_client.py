@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import select
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import h11
-
-PATIENCE = 20.0  # seconds until a test gives up; far above what anything takes on a busy machine
+from tests.doubles.waiting import PATIENCE, wait_until
 
 
 @dataclass
@@ -131,20 +131,25 @@ class Server:
 
     def state(self) -> Any:
         """What the application has seen."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/state", timeout=PATIENCE) as response:
-            return json.load(response)
+
+        def told() -> Any:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/state", timeout=PATIENCE) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as refusal:
+                if refusal.code != 408:
+                    raise
+                refusal.close()
+            except (ConnectionError, http.client.RemoteDisconnected, urllib.error.URLError):
+                if self.process.poll() is not None:
+                    raise
+            return None  # we were too slow for its short deadlines: once more
+
+        return wait_until("the application's state", told)
 
     def terminate(self) -> Any:
         """Stop the server gracefully; its last state. Fails unless it exits with 0."""
         self.process.terminate()
-        out, _ = self.process.communicate(timeout=60)
+        out, _ = self.process.communicate(timeout=2 * PATIENCE)
         assert self.process.returncode == 0
         return json.loads(out)
-
-
-def wait_until(what: str, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait for `condition`; `what` names it in the failure."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.01)

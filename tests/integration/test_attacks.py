@@ -42,7 +42,7 @@ def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
 
 def raw(gateway: GatewayProcess, request: bytes) -> tuple[int, bytes]:
     """One request, byte for byte; status and the whole answer."""
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(request)
         answer = b""
         while part := connection.recv(65536):
@@ -51,7 +51,7 @@ def raw(gateway: GatewayProcess, request: bytes) -> tuple[int, bytes]:
 
 
 def tables(gateway: GatewayProcess) -> list[Any]:
-    with sqlite3.connect(f"file:{gateway.folder}/gateway.sqlite3?mode=ro", uri=True, timeout=10) as connection:
+    with sqlite3.connect(f"file:{gateway.folder}/gateway.sqlite3?mode=ro", uri=True, timeout=60) as connection:
         return connection.execute(
             "SELECT (SELECT COUNT(*) FROM keys), (SELECT COUNT(*) FROM key_secrets), (SELECT COUNT(*) FROM sqlite_master)"
         ).fetchall()

@@ -40,7 +40,7 @@ def conformance(*arguments: str, **environment: str) -> subprocess.CompletedProc
         env={**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"} | dict(v.split("=", 1) for v in variables),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
 
 

@@ -42,7 +42,7 @@ def verb(name: str, state: Path, **environment: str) -> subprocess.CompletedProc
         env={**os.environ, "MODE": "local", "APPLIANCE_STATE": str(state), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -62,7 +62,7 @@ def serving(state: Path) -> Iterator[threading.Event]:
     done, first = threading.Event(), threading.Event()
 
     def write() -> None:
-        connection = sqlite3.connect(state / BOOK, isolation_level=None)
+        connection = sqlite3.connect(state / BOOK, isolation_level=None, timeout=60)
         number = 0
         while not done.is_set():
             number += 1
@@ -75,7 +75,7 @@ def serving(state: Path) -> Iterator[threading.Event]:
 
     writer = threading.Thread(target=write)
     writer.start()
-    assert first.wait(10)
+    assert first.wait(60)
     yield done
     done.set()
     writer.join()

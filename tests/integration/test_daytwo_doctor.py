@@ -17,15 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from tests.doubles.ports import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Doctor = Callable[..., tuple[int, dict[str, list[dict[str, str]]]]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -49,14 +44,14 @@ def doctor(state: Path) -> Doctor:
     """Runs the verb; its status, and its findings by area."""
 
     def examine(**environment: str) -> tuple[int, dict[str, list[dict[str, str]]]]:
-        ports = {"HTTPS_PORT": str(free_port()), "HTTP_PORT": str(free_port()), "PROMETHEUS_PORT": str(free_port())}
+        ports = dict(zip(("HTTPS_PORT", "HTTP_PORT", "PROMETHEUS_PORT"), map(str, free_ports(3)), strict=True))
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("GATEWAY_", "VLLM_"))}
         done = subprocess.run(
             [REPOSITORY / "scripts" / "doctor", "--json"],
             env={**clean, "MODE": "local", "APPLIANCE_STATE": str(state), **ports, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         found: dict[str, list[dict[str, str]]] = {}
         for line in done.stdout.splitlines():
@@ -80,10 +75,11 @@ def test_it_changes_nothing(doctor: Doctor, state: Path) -> None:
         files = [path for path in state.rglob("*") if path.is_file()]
         return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
-    def tree() -> str:
-        return subprocess.run(
+    def tree() -> set[str]:
+        told = subprocess.run(
             ["git", "status", "--porcelain", "--ignored"], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout
+        return {line for line in told.splitlines() if not line.endswith("__pycache__/")}  # Python's, on the first run
 
     before = picture(), tree()
     doctor()

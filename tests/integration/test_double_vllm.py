@@ -10,8 +10,9 @@ from typing import Any
 
 import openai
 import pytest
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
 from tests.doubles.vllm_directive import SECRET, Directive
+from tests.doubles.waiting import wait_until
 
 KEY = "engine-key"
 ASK = [{"role": "user", "content": "one two three"}]
@@ -26,7 +27,7 @@ def engine() -> Iterator[VllmDouble]:
 
 def post(engine: VllmDouble, path: str, body: Any, **headers: str) -> tuple[int, bytes]:
     """One POST on a connection of its own; raises what http.client raises on a broken answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
     sent = {"content-type": "application/json", "authorization": f"Bearer {KEY}", **headers}
     try:
         connection.request("POST", path, json.dumps(body), {name.replace("_", "-"): v for name, v in sent.items()})
@@ -156,7 +157,7 @@ def test_a_client_that_leaves_stops_the_work(engine: VllmDouble, how: str, strea
 
     drop(connection, how)
 
-    record = wait_until("the request is cancelled", lambda: (r := last(engine))["ended_at"] and r, 1.0)
+    record = wait_until("the request is cancelled", lambda: (r := last(engine))["ended_at"] and r)
     assert record["state"] == "cancelled"
     assert engine.state()["running"] == before
     for other in full:
@@ -235,7 +236,7 @@ def test_the_bytes_do_not_depend_on_the_writes(engine: VllmDouble, told: str) ->
 
 def test_metrics_and_health(engine: VllmDouble) -> None:
     state = engine.state()
-    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     engine.health(503)

@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from tests.doubles import edge_running
-from tests.doubles.edge_running import Edge, needs_nginx, wait_until
+from tests.doubles.edge_running import Edge, needs_nginx
+from tests.doubles.waiting import wait_until
 
 pytestmark = needs_nginx
 ID = re.compile(r"[0-9a-f]{32}")
@@ -88,7 +89,7 @@ def test_a_gateway_that_is_down_is_502_and_comes_back_without_help(tmp_path: Pat
     with edge_running.edge(tmp_path) as edge, edge.client() as client:
         port = edge.upstream.port
         edge.upstream.process.kill()
-        edge.upstream.process.wait(10)
+        edge.upstream.process.wait(60)
         assert_openai_error(client.get("/v1/models"), 502, "upstream_error")
         with edge_running.upstream(port):
             assert client.get("/v1/models").status_code == 200

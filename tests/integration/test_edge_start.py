@@ -16,7 +16,9 @@ import httpx2 as httpx
 import pytest
 from scripts.local.places import ROOT
 from services.init import certificate, nginx_conf
-from tests.doubles.edge_running import accepts, free_ports, needs_nginx, nginx_version, wait_until
+from tests.doubles.edge_running import needs_nginx, nginx_version
+from tests.doubles.ports import accepts, free_ports
+from tests.doubles.waiting import wait_until
 
 pytestmark = needs_nginx
 
@@ -85,7 +87,7 @@ def test_it_serves_and_takes_over_a_new_certificate(folder: Path) -> None:
         wait_until("the new certificate is served", taken_over)
     finally:
         process.send_signal(signal.SIGQUIT)
-        process.wait(10)
+        process.wait(60)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the watching loop; its sleep would end it at the next turn
 
@@ -98,7 +100,7 @@ def test_without_a_rendering_for_this_nginx_it_says_so(folder: Path) -> None:
     done = subprocess.run(
         ["/bin/sh", ROOT / "nginx/start.sh"],
         env={"PATH": f"{os.environ['PATH']}:/usr/sbin", "EDGE_CONFIG": str(folder / "config")},
-        capture_output=True, text=True, timeout=20, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "no configuration for nginx" in done.stderr

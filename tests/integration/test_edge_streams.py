@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -21,18 +20,20 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 
 @pytest.mark.parametrize("http2", [False, True])
 def test_each_event_arrives_when_it_is_sent(edge: Edge, http2: bool) -> None:
-    """Both ends read the same machine's monotonic clock. The median holds on a noisy machine; a buffer would not
-    delay one event but all of them, by the whole length of the stream (1 s)."""
-    delays: list[float] = []
-    with edge.client(http2) as client, client.stream("POST", "/v1/stream?chunks=50&gap=0.02", json={}) as answer:
+    """Each event is sent only when the one before it has arrived: a buffer anywhere would hold the stream for good."""
+    arrived: list[int] = []
+    with (
+        edge_running.httpx.Client(base_url=f"http://127.0.0.1:{edge.upstream.port}") as behind,
+        edge.client(http2) as client,
+        client.stream("POST", "/v1/stream?chunks=50&gap=0&steps=1", json={}) as answer,
+    ):
         assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
         for line in answer.iter_lines():
-            arrived = time.monotonic()
             if line.startswith("data: {"):
-                delays.append(arrived - json.loads(line.removeprefix("data: "))["sent"])
-    assert len(delays) == 50
-    assert sorted(delays)[25] < 0.01
-    assert sorted(delays)[47] < 0.05
+                arrived.append(json.loads(line.removeprefix("data: "))["number"])
+                if len(arrived) < 50:
+                    behind.post("/v1/step")
+    assert arrived == list(range(50))
 
 
 def test_a_stream_is_never_compressed_or_held_for_a_length(edge: Edge) -> None:
@@ -44,14 +45,13 @@ def test_a_stream_is_never_compressed_or_held_for_a_length(edge: Edge) -> None:
     assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def test_the_gateway_learns_within_a_second_that_the_client_left(edge: Edge) -> None:
+def test_the_gateway_learns_at_once_that_the_client_left(edge: Edge) -> None:
+    """Long before it would have answered."""
     with edge.client() as client, client.stream("GET", "/v1/stream?chunks=5&gap=0") as answer:
         answer.read()
-    started = time.monotonic()
     with pytest.raises(edge_running.httpx.ReadTimeout), edge.client() as client:
-        client.get("/v1/hold?seconds=30", timeout=0.3)
-    assert edge.upstream.next_line(5) == "left"
-    assert time.monotonic() - started < 1.3
+        client.get("/v1/hold?seconds=600", timeout=edge_running.httpx.Timeout(60, read=1))
+    assert edge.upstream.next_line() == "left"
 
 
 def test_a_silent_stream_outlives_nginx_default_of_a_minute(edge: Edge) -> None:

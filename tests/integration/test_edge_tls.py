@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from services.init import certificate
 from tests.doubles import edge_running
-from tests.doubles.edge_running import Edge, needs_nginx, wait_until
+from tests.doubles.edge_running import Edge, needs_nginx
+from tests.doubles.waiting import wait_until
 
 pytestmark = needs_nginx
 NOW = dt.datetime.now(dt.UTC)
@@ -26,7 +27,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 
 
 def handshake(edge: Edge, context: ssl.SSLContext, name: str = "localhost") -> ssl.SSLSocket:
-    plain = socket.create_connection(("127.0.0.1", edge.https), timeout=5)
+    plain = socket.create_connection(("127.0.0.1", edge.https), timeout=60)
     return context.wrap_socket(plain, server_hostname=name)
 
 

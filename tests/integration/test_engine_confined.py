@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.doubles.engine_running import RunningEngine, until, with_double
+from tests.doubles.engine_running import RunningEngine, command_line, with_double
+from tests.doubles.waiting import wait_until
 
 from engine import evidence, family
 
@@ -42,9 +43,7 @@ def container_user() -> int:
 
 def pair(engine: RunningEngine) -> tuple[psutil.Process, psutil.Process]:
     """The double's core and API server."""
-    api = (
-        p for p in engine.family() if "engine_double.py -m" in (line := " ".join(p.cmdline())) and "guard" not in line
-    )
+    api = (p for p in engine.family() if "engine_double.py -m" in (line := command_line(p)) and "guard" not in line)
     return engine.one("engine_double.py core"), next(api)
 
 
@@ -64,15 +63,15 @@ def test_without_any_capability_a_hang_leaves_the_stacks_of_all(folder: Path) ->
     for path in (folder, *folder.rglob("*")):
         os.chown(path, number, number)
     with engine:
-        engine.wait_for("ready", 40)
+        engine.wait_for("ready")
         core, api = pair(engine)
         for process in (core, api):
             held = limits(process.pid)
             assert (held["CapEff"], held["CapBnd"], held["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
             assert held["Uid"].split() == [str(number)] * 4
         core.send_signal(signal.SIGSTOP)
-        until("the hang to be mended", lambda: engine.status()["restarts"] == 1, 30)
-        engine.wait_for("ready", 40)
+        wait_until("the hang to be mended", lambda: engine.status()["restarts"] == 1)
+        engine.wait_for("ready")
         [place] = engine.evidence()
         for process, function in ((core, "core ("), (api, "<module>")):
             text = (place / f"stacks-{process.pid}.txt").read_text()
@@ -89,10 +88,10 @@ async def test_where_the_kernel_refuses_the_processes_write_their_stacks_themsel
     refusing.chmod(0o755)
     monkeypatch.setattr(evidence.shutil, "which", lambda name, path=None: str(refusing) if name == "py-spy" else None)
     with with_double(folder / "run", ENGINE_HANG_SECONDS="60") as engine:
-        engine.wait_for("ready", 40)
+        engine.wait_for("ready")
         core, api = pair(engine)
         core.send_signal(signal.SIGSTOP)
-        until("the core to be stopped", lambda: family.table()[core.pid].state == "T", 10)
+        wait_until("the core to be stopped", lambda: family.table()[core.pid].state == "T")
         with subprocess.Popen(["sleep", "60"]) as stranger:
             table = family.table()
             members = [table[process] for process in (core.pid, api.pid, stranger.pid)]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from tests.doubles.engine_hub import Hub
-from tests.doubles.engine_running import ENGINE, until
+from tests.doubles.engine_running import ENGINE
+from tests.doubles.waiting import wait_until
 
 NAME = "maker/model-1b"
 CONFIG = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 1000}
@@ -48,7 +49,7 @@ def engine(environment: dict[str, str], *words: str) -> subprocess.CompletedProc
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=240,
         cwd=environment["HOME"],
     )
 
@@ -77,7 +78,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(environment: dict[str,
 
     try:
         assert hub.stalled.wait(60)
-        until("the first part on disk", lambda: arrived() > 0, 30)
+        wait_until("the first part on disk", lambda: arrived() > 0)
     finally:
         started.kill()
         started.wait()

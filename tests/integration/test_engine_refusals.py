@@ -7,14 +7,14 @@ import json
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.doubles.engine_running import ENGINE, free_port, with_double
+from tests.doubles.engine_running import ENGINE, with_double
+from tests.doubles.ports import free_port
 
-SECONDS = 30  # they take about one; this machine may be busy
+SECONDS = 60  # they take about one; this machine may be busy
 LARGE = {
     "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
     "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
@@ -24,11 +24,9 @@ LARGE = {
 def run(folder: Path, *words: str, **environment: str) -> tuple[int, list[str]]:
     """Exit code and lines of `engine WORDS`, with the double's model and Python unless changed."""
     base = with_double(folder).environment
-    started = time.monotonic()
     done = subprocess.run(
         [ENGINE, *words], env={**base, **environment}, check=False, capture_output=True, text=True, timeout=SECONDS
     )
-    assert time.monotonic() - started < SECONDS
     return done.returncode, [line for line in (done.stdout + done.stderr).splitlines() if line]
 
 
@@ -106,7 +104,7 @@ def test_a_model_that_nobody_has_is_failed_soon_and_says_so(tmp_path: Path) -> N
     """The name may be right tomorrow: `serve` tries, waits, and then says what to correct."""
     nobody = f"http://127.0.0.1:{free_port()}"
     with with_double(tmp_path, MODEL_NAME="nobody/has-this", HF_ENDPOINT=nobody) as engine:
-        reason = engine.wait_for("failed", 60)["reason"]
+        reason = engine.wait_for("failed", 120)["reason"]
     assert "nobody/has-this" in reason
     assert "\n" not in reason
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scripts.local.places import ROOT
 from services.init import certificate
-from tests.doubles.edge_running import free_ports
+from tests.doubles.ports import free_ports
 
 PUBLISHED = (
     "HTTPS_PORT",
@@ -48,7 +48,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def verb(environment: dict[str, str], name: str, *words: str) -> subprocess.CompletedProcess[str]:
     argv = [ROOT / "scripts" / name, *words]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def calls(environment: dict[str, str]) -> list[str]:

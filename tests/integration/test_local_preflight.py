@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scripts.local.places import ROOT
 from services.init import certificate
-from tests.doubles.edge_running import accepts, free_ports
+from tests.doubles.ports import accepts, free_ports
 
 PORTS = ("HTTPS_PORT", "HTTP_PORT", "EDGE_STATUS_PORT", "GATEWAY_PORT", "VLLM_PORT", "ENGINE_STATUS_PORT")
 PORTS += ("GPU_EXPORTER_PORT", "PROMETHEUS_PORT")
@@ -30,7 +30,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def refused(environment: dict[str, str], *words: str, verb: str = "up", code: int = 2) -> list[str]:
     """Run a verb that must refuse; the lines it said. Nothing may have been made or be listening afterwards."""
-    done = subprocess.run([ROOT / "scripts" / verb], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([ROOT / "scripts" / verb], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -43,7 +43,7 @@ def refused(environment: dict[str, str], *words: str, verb: str = "up", code: in
 
 
 def test_a_good_environment_passes(environment: dict[str, str]) -> None:
-    done = subprocess.run([ROOT / "scripts/preflight"], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([ROOT / "scripts/preflight"], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "nothing stands in the way" in done.stdout
     assert not Path(environment["APPLIANCE_STATE"]).exists()
@@ -77,7 +77,7 @@ def test_variables_that_cannot_be_meant(environment: dict[str, str], variables: 
 
 def test_two_equal_ports_and_a_bad_one_are_told_together(environment: dict[str, str]) -> None:
     environment |= {"GATEWAY_PORT": environment["VLLM_PORT"], "HTTPS_PORT": "https"}
-    done = subprocess.run([ROOT / "scripts/up"], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([ROOT / "scripts/up"], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert "HTTPS_PORT: 'https' is not a whole number" in done.stderr
     assert "they must differ" in done.stderr
@@ -159,11 +159,11 @@ def test_no_room(environment: dict[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["status", "logs"])
 def test_verbs_on_a_machine_where_nothing_runs(environment: dict[str, str], verb: str) -> None:
-    done = subprocess.run([ROOT / "scripts" / verb], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([ROOT / "scripts" / verb], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert "make up" in done.stdout + done.stderr
 
 
 def test_down_where_nothing_runs_is_fine(environment: dict[str, str]) -> None:
-    done = subprocess.run([ROOT / "scripts/down"], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([ROOT / "scripts/down"], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0

@@ -12,7 +12,8 @@ import httpx2 as httpx
 import pytest
 from scripts.local import settings
 from scripts.local.places import ROOT, program
-from tests.doubles.edge_running import accepts, free_ports, wait_until
+from tests.doubles.ports import accepts, free_ports
+from tests.doubles.waiting import wait_until
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def test_a_service_in_the_foreground_ends_with_its_signal(
     argv = [ROOT / "scripts/run-service", name]
     with subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL) as process:
         port = int(environment[variable])
-        wait_until(f"{name} listens", lambda: accepts(port), 30)
+        wait_until(f"{name} listens", lambda: accepts(port))
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 def test_an_unknown_service_is_refused(environment: dict[str, str]) -> None:
@@ -52,7 +53,7 @@ def test_monitoring_without_docker_is_prometheus(environment: dict[str, str]) ->
     port = int(environment["PROMETHEUS_PORT"])
     try:
         assert f"http://127.0.0.1:{port}" in told
-        wait_until("Prometheus listens", lambda: accepts(port), 30)
+        wait_until("Prometheus listens", lambda: accepts(port))
 
         def jobs() -> set[str]:
             answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/targets")

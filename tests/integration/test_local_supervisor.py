@@ -14,25 +14,26 @@ import pytest
 from scripts.local import running, start
 from scripts.local.places import Places
 from scripts.local.supervisor import Plan, Service
-from tests.doubles.edge_running import accepts, free_ports, wait_until
+from tests.doubles.ports import accepts, free_ports
+from tests.doubles.waiting import wait_until
 
 LISTEN = """
 import signal, socket, subprocess, sys, time
 name, port, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-server = socket.create_server(("127.0.0.1", port), reuse_port=False)
-if how == "child":  # one that would outlive us, in our group
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 def end(*_):
     print("ended", name, time.monotonic(), flush=True)
     sys.exit(0)
-signal.signal(signal.SIGTERM, signal.SIG_IGN if how == "deaf" else end)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if how == "deaf" else end)  # before anybody can see us listen
+if how == "child":  # one that would outlive us, in our group
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+server = socket.create_server(("127.0.0.1", port), reuse_port=False)
 print("started", name, flush=True)
 while True:
     server.accept()[0].close()
 """
 
 
-def service(name: str, port: int, how: str = "plain", stop_seconds: float = 5) -> Service:
+def service(name: str, port: int, how: str = "plain", stop_seconds: float = 60) -> Service:
     return Service(
         name, [sys.executable, "-c", LISTEN, name, str(port), how], dict(os.environ), stop_seconds=stop_seconds
     )
@@ -48,7 +49,7 @@ def places(tmp_path: Path) -> Iterator[Places]:
     yield place
     running.stop(place)
     while LAUNCHED:
-        LAUNCHED.pop().wait(10)
+        LAUNCHED.pop().wait(60)
 
 
 def launched(places: Places, *services: Service) -> None:
@@ -74,7 +75,8 @@ def test_what_dies_comes_back(places: Places) -> None:
 
     def another() -> bool:
         now = running.running(places)
-        return now is not None and now.alive().get("a") is not None and now.alive()["a"].pid != first
+        process = now.alive().get("a") if now is not None else None
+        return process is not None and process.pid != first
 
     wait_until("another process for a", another)
     wait_until("it listens", lambda: accepts(port))
@@ -115,7 +117,7 @@ def test_down_after_a_killed_supervisor_ends_its_orphans(places: Places) -> None
     supervisor = found.supervisor
     assert supervisor is not None
     supervisor.kill()
-    supervisor.wait(5)
+    supervisor.wait(60)
     assert accepts(port)
     assert running.stop(places) == ["orphan"]
     assert not accepts(port)

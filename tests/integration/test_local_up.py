@@ -10,10 +10,8 @@ import os
 import re
 import signal
 import ssl
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ import pytest
 from scripts.local import running, settings
 from scripts.local.places import ROOT, Places
 from services.init import certificate
-from tests.doubles.edge_running import accepts, free_ports, needs_nginx, wait_until
+from tests.doubles.edge_running import needs_nginx
+from tests.doubles.ports import accepts, free_ports
+from tests.doubles.waiting import wait_until
 
 pytestmark = needs_nginx
 
@@ -36,7 +36,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment = {
         **kept, **ports, "MODE": "local", "APPLIANCE_STATE": str(tmp_path / "state"),
-        "CERTIFICATES_DIR": str(tmp_path / "own"), "HEALTH_SECONDS": "0.2", "UP_SECONDS": "60",
+        "CERTIFICATES_DIR": str(tmp_path / "own"), "HEALTH_SECONDS": "0.2", "UP_SECONDS": "240",
     }  # fmt: skip
     yield environment
     running.stop(Places(tmp_path / "state"))
@@ -57,7 +57,7 @@ def left_behind(environment: dict[str, str]) -> list[str]:
 def verb(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """One of `make`'s verbs, as a process."""
     argv = [sys.executable, "-m", "tests.doubles.local_verbs", *words]
-    return subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=290, check=False)
 
 
 def up(environment: dict[str, str]) -> str:
@@ -73,7 +73,7 @@ def client(environment: dict[str, str], key: str) -> httpx.Client:
         base_url=f"https://127.0.0.1:{environment['HTTPS_PORT']}",
         verify=trusted,
         headers={"authorization": f"Bearer {key}"},
-        timeout=20,
+        timeout=60,
     )
 
 
@@ -121,28 +121,22 @@ def test_up_twice_and_down(environment: dict[str, str]) -> None:
     assert verb(environment, "down").returncode == 0
 
 
-def test_the_whole_path_adds_no_50_ms_to_a_chunk(environment: dict[str, str]) -> None:
-    """The double notes when it sends the first token and the last byte; the client when they arrive. Same clock.
-    Medians, because the machine may be busy; a buffer anywhere would delay every first token by the whole answer."""
+def test_nothing_on_the_whole_path_holds_a_chunk_back(environment: dict[str, str]) -> None:
+    """The engine stands still until what it has sent so far has arrived: what is held anywhere never comes."""
     key = re.findall(r"shown this once: {2}(\S+)", up(environment))[0]
-    body = {"model": settings.EMBEDDED_MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
-    first, last = [], []
+    double = f"http://127.0.0.1:{environment['VLLM_PORT']}/double/go"
     with client(environment, key) as through:
-        for number in range(9):
-            sent = {"x-request-id": f"chunk-call-{number}"}
-            with through.stream(
-                "POST", "/v1/chat/completions", json={**body, "max_tokens": 40}, headers=sent
-            ) as answer:
-                moments = [time.time() for line in answer.iter_lines() if '"content":"' in line and '""' not in line]
-            first.append(moments[0])
-            last.append(moments[-1])
-    told = httpx.get(f"http://127.0.0.1:{environment['VLLM_PORT']}/double/requests").json()
-    answers = [one for one in told if (one["request_id"] or "").startswith("chunk-call-")]
-    assert [one["completion_tokens"] for one in answers] == [40] * 9
-    delays = [arrived - one["first_token_at"] for arrived, one in zip(first, answers, strict=True)]
-    assert statistics.median(delays) < 0.05
-    # 40 tokens at 2 ms: what was held back would arrive all at once.
-    assert statistics.median(end - begin for begin, end in zip(first, last, strict=True)) > 0.04
+        for events in (1, 2, 3, 20, 39):
+            text = f"double:tokens=40,wait_after={events}"
+            body = {"model": settings.EMBEDDED_MODEL, "messages": [{"role": "user", "content": text}], "stream": True}
+            seen = 0
+            with through.stream("POST", "/v1/chat/completions", json={**body, "max_tokens": 40}) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        seen += 1
+                        if seen == events:
+                            httpx.post(double, json={})
+            assert seen > events
 
 
 def test_what_dies_comes_back_and_a_certificate_is_taken_over(environment: dict[str, str], tmp_path: Path) -> None:
@@ -159,10 +153,12 @@ def test_what_dies_comes_back_and_a_certificate_is_taken_over(environment: dict[
 
         def is_back(name: str = name, before: int = killed.pid) -> bool:
             now = running.running(place)
-            another = now is not None and name in now.alive() and now.alive()[name].pid != before
+            process = now.alive().get(name) if now is not None else None
+            if process is None or process.pid == before:
+                return False
             try:
                 with client(environment, key) as through:
-                    return another and through.get("/ready").status_code == 200
+                    return through.get("/ready").status_code == 200
             except httpx.TransportError:
                 return False
 

@@ -21,7 +21,7 @@ ALL = WHOLE | REFUSED
 
 @pytest.fixture(scope="module")
 def fast() -> Iterator[Server]:
-    with Server("fast", linger_seconds=1.0, sweep_seconds=0.05) as server:
+    with Server("fast", linger_seconds=60.0, sweep_seconds=0.05) as server:
         yield server
 
 

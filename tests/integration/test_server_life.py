@@ -7,7 +7,8 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from tests.integration.server_client import PATIENCE, Server, Wire, wait_until
+from tests.doubles.waiting import PATIENCE, wait_until
+from tests.integration.server_client import Server, Wire
 
 GET = b"GET /echo HTTP/1.1\r\nHost: test\r\n\r\n"
 
@@ -203,7 +204,7 @@ def test_running_answers_are_finished_at_shutdown_and_idle_connections_closed(ki
         assert response is not None
         assert (response.body, response.whole) == (b"firstlast", True)
         assert busy.ended()
-        out, _ = server.process.communicate(timeout=30)
+        out, _ = server.process.communicate(timeout=2 * PATIENCE)
         assert server.process.returncode == 0
         assert b'"lifespan": "over"' in out
 

@@ -103,7 +103,7 @@ STRICTER = {
 
 @pytest.fixture(scope="module")
 def fast() -> Iterator[Server]:
-    with Server("fast", body_bytes=100_000, linger_seconds=1.0, sweep_seconds=0.05) as server:
+    with Server("fast", body_bytes=100_000, linger_seconds=60.0, sweep_seconds=0.05) as server:
         yield server
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 from tests.doubles.postgres import postgres, programs
 from tests.doubles.stages import SECRET, Stages, settings_for, stages
-from tests.doubles.vllm import until
+from tests.doubles.waiting import until
 
 from gateway.call import Outcome, Usage
 from gateway.errors import LedgerUnavailable, QuotaExhausted
@@ -163,7 +163,7 @@ async def test_a_server_that_goes_away_and_comes_back_loses_nothing(tmp_path):
             assert made.call().caller.name == "team"  # the last good copy of the keys serves on
             await made.end(running[1])
             await asyncio.to_thread(server.start)
-            await until("healed", lambda: made.ledger.healthy, 20)
+            await until("healed", lambda: made.ledger.healthy)
             await made.end(running[2])
             assert made.rows("SELECT COUNT(*), SUM(prompt_tokens) FROM usage_records") == [(3, 30)]
             assert made.rows("SELECT COUNT(*) FROM holds") == [(0,)]

@@ -42,7 +42,7 @@ def audit(**environment: str | Path) -> subprocess.CompletedProcess[str]:
         env={"PATH": path, **{name: str(value) for name, value in environment.items()}},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -181,7 +181,7 @@ def test_the_bills_of_materials_list_every_locked_package_and_are_the_same_each_
     for name in ("one", "two"):
         done = subprocess.run(
             [sys.executable, "-m", "scripts.supply.bom", "--no-docker", "--to", tmp_path / name],
-            cwd=ROOT, capture_output=True, text=True, timeout=60,
+            cwd=ROOT, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     for image in DOCKERFILES:
@@ -216,7 +216,7 @@ def test_debian_packages_are_listed_where_the_image_is_here_and_missed_aloud_whe
     docker.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-m", "scripts.supply.bom", "--to", tmp_path / "out"],
-        cwd=ROOT, env={"PATH": f"{docker.parent}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env={"PATH": f"{docker.parent}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     listed = json.loads((tmp_path / "out" / "gateway.cdx.json").read_text())

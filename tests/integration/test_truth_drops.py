@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from tests.doubles.gateway import KEY, GatewayProcess
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 from tests.integration.test_truth_proofs import ledger
 
 CHAT = "/v1/chat/completions"
@@ -31,7 +32,7 @@ class Dropper:
         asked = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
         body = json.dumps({"model": "double", "stream": True, "max_tokens": 400, **asked, **fields}).encode()
         self.request_id = f"drop-{time.monotonic_ns()}-{random.getrandbits(32):08x}"
-        self.socket = socket.create_connection(("127.0.0.1", gateway.port), timeout=20)
+        self.socket = socket.create_connection(("127.0.0.1", gateway.port), timeout=60)
         head = (
             f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\nx-request-id: {self.request_id}"
             f"\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -68,17 +69,20 @@ class Site:
         return next((r for r in self.engine.requests() if r["request_id"] == client.request_id), None)
 
     def wait_for(self, client: Dropper, what: str, condition: Any) -> None:
-        wait_until(what, lambda: (seen := self.seen(client)) is not None and condition(seen), 15)
+        wait_until(what, lambda: (seen := self.seen(client)) is not None and condition(seen))
 
     def billed(self, client: Dropper, outcome: str = "cancelled") -> tuple[int, int]:
-        """Prompt and completion tokens of a call's one record, once it has ended."""
-        line = self.gateway.closed(client.request_id, 10)
+        """Prompt and completion tokens of a call's one record, once it is written: nobody waits for that of a call whose
+        client is gone, so its line in the log may come first."""
+        line = self.gateway.closed(client.request_id)
         assert line["outcome"] == outcome, line
         columns = "outcome, prompt_tokens, completion_tokens FROM usage_records"
-        rows = ledger(self.gateway, f"SELECT {columns} WHERE request_id = ?", client.request_id)
+        asked = f"SELECT {columns} WHERE request_id = ?"
+        rows = wait_until("its record", lambda: ledger(self.gateway, asked, client.request_id))
         assert len(rows) == 1
         assert rows[0][0] == outcome
-        assert ledger(self.gateway, "SELECT COUNT(*) FROM holds WHERE request_id = ?", client.request_id) == [(0,)]
+        held = "SELECT COUNT(*) FROM holds WHERE request_id = ?"
+        wait_until("its hold is gone", lambda: ledger(self.gateway, held, client.request_id) == [(0,)])
         return rows[0][1], rows[0][2]
 
 
@@ -93,7 +97,7 @@ def test_in_the_queue_it_costs_nothing(site, reset):
     blocker = Dropper(site.gateway, "tokens=300,hang_after=3")
     blocker.read_until(b'"content":"', 3)
     client = Dropper(site.gateway, "tokens=50")
-    wait_until("it waits", lambda: len(site.gateway.admin("GET", "/admin/queue").json["data"]) == 1, 15)
+    wait_until("it waits", lambda: len(site.gateway.admin("GET", "/admin/queue").json["data"]) == 1)
     client.drop(reset)
     assert site.billed(client) == (0, 0)
     assert site.seen(client) is None
@@ -163,12 +167,12 @@ def test_an_answer_that_was_made_and_not_read_costs_what_it_is(site, reset, stre
 @RESET
 def test_of_an_answer_in_one_piece_nothing_is_known_before_it_comes(site, reset):
     """The engine reports usage with the answer; whoever leaves before is charged nothing, and the engine stops."""
-    client = Dropper(site.gateway, "tokens=400,pace_ms=10", stream=False)
+    client = Dropper(site.gateway, "tokens=4000,pace_ms=10", stream=False, max_tokens=4000)
     site.wait_for(client, "it decodes", lambda seen: seen["completion_tokens"] > 5)
     client.drop(reset)
     assert site.billed(client) == (0, 0)
     site.wait_for(client, "the engine stopped", lambda seen: seen["state"] == "cancelled")
-    assert site.seen(client)["completion_tokens"] < 200
+    assert site.seen(client)["completion_tokens"] < 2000
 
 
 @RESET
@@ -206,11 +210,11 @@ def test_several_choices_are_added_up(site, reset):
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_in_the_middle_of_a_running_stream(site, reset, tokens):
     """Nothing stands still: at least what the client had, at most what the engine made until it stopped."""
-    client = Dropper(site.gateway, "tokens=300,pace_ms=5")
+    client = Dropper(site.gateway, "tokens=4000,pace_ms=5", max_tokens=4000)
     client.read_until(b'"content":"', tokens + 1)
     client.drop(reset)
     prompt, completion = site.billed(client)
     site.wait_for(client, "the engine stopped", lambda seen: seen["state"] == "cancelled")
     seen = site.seen(client)
     assert prompt == seen["prompt_tokens"]
-    assert client.tokens <= completion <= seen["completion_tokens"] < 300
+    assert client.tokens <= completion <= seen["completion_tokens"] < 4000

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from tests.doubles.gateway import KEY, GatewayProcess
 from tests.doubles.postgres import postgres, programs
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 
 from gateway import journal
 from gateway.store import Database
@@ -50,7 +51,7 @@ class Load:
     def stop(self) -> None:
         self.over.set()
         for thread in self.threads:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive(), "a client hangs on a dead gateway"
 
     def _client(self, chance: random.Random) -> None:
@@ -73,7 +74,7 @@ class Load:
         }
         if kind in ("stream", "abort"):
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json", "x-request-id": request_id}
             connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
@@ -126,6 +127,9 @@ def prove(address: str, folder: Path, kills: int, seed: int) -> None:
         with GatewayProcess(VLLM_URL=engine.url, DATABASE_URL=address, SPOOL_DIR=folder) as gateway:
             for number in range(kills):
                 load = Load(gateway.port, seed * 1000 + number, seen)
+                before = len(seen.ended)
+                if number % 2:  # every other time there is an answer to remember, however slow the machine is
+                    wait_until("an answer has ended", lambda before=before: len(seen.ended) > before)
                 threading.Event().wait(chance.uniform(0.02, 0.5))  # the random instant itself
                 gateway.kill()
                 load.stop()
@@ -141,7 +145,7 @@ def prove(address: str, folder: Path, kills: int, seed: int) -> None:
             row[0]: row[1:]
             for row in rows(address, "SELECT request_id, prompt_tokens, completion_tokens, outcome FROM usage_records")
         }
-        assert len(seen.ended) > kills, "the load was too thin to prove anything"
+        assert len(seen.ended) >= kills // 2, "the load was too thin to prove anything"
         wrong = {i: (usage, records.get(i)) for i, usage in seen.ended.items() if records.get(i) != (*usage, "ok")}
         assert not wrong, (
             f"{len(wrong)} of {len(seen.ended)} ended answers are not in the ledger as the client saw them: {wrong}"
@@ -199,7 +203,7 @@ def test_what_was_read_before_a_kill_is_billed_to_the_token(tmp_path):
         streams = []
         for path, body in DIALECTS.items():
             for after in (2, 3, 17, 40):
-                connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=20)
+                connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
                 request_id = f"kill-{path.replace('/', '-')}-{after}"
                 fields = {
                     "model": "double",
@@ -219,7 +223,7 @@ def test_what_was_read_before_a_kill_is_billed_to_the_token(tmp_path):
             return {request["request_id"]: request for request in engine.requests()}
 
         for path, request_id, _, answer in streams:
-            wait_until("the engine is silent", lambda name=request_id: counted()[name]["events"] > 0, 15)
+            wait_until("the engine is silent", lambda name=request_id: counted()[name]["events"] > 0)
             data = b""
             mark = (
                 b"content_block_delta\ndata" if path == "/v1/messages" else b'"text":"' if "chat" not in path else b""

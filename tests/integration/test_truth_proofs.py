@@ -12,12 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from tests.doubles.gateway import ADMIN_KEY, KEY, GatewayProcess
-from tests.doubles.vllm import VllmDouble, wait_until
+from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 
 
 def ledger(gateway: GatewayProcess, sql: str, *parameters: Any) -> list[Any]:
     """Read the gateway's SQLite file as an outsider."""
-    connection = sqlite3.connect(f"file:{gateway.folder}/gateway.sqlite3?mode=ro", uri=True, timeout=10)
+    connection = sqlite3.connect(f"file:{gateway.folder}/gateway.sqlite3?mode=ro", uri=True, timeout=60)
     try:
         return connection.execute(sql, parameters).fetchall()
     finally:
@@ -72,16 +73,17 @@ def test_a_refused_call_takes_nothing_over_http(engine):
 
         def slow() -> int:
             opened.set()
-            return gateway.chat("double:tokens=60,pace_ms=20", made["secret"], max_tokens=60).status
+            return gateway.chat("double:tokens=60,wait_after=9", made["secret"], max_tokens=60, stream=True).status
 
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(slow)
-            opened.wait(5)
-            wait_until("the slow call runs", lambda: engine.state()["running"] == 1, 15)
+            assert opened.wait(60)
+            wait_until("the slow call stands still", lambda: engine.requests()[-1]["events"] == 9)
             for _ in range(5):
                 refused = gateway.chat(key=made["secret"])
                 assert refused.code == "concurrency_exceeded"
                 assert refused.headers["x-ratelimit-remaining-requests"] == "1"
+            engine.go_on()
             assert running.result() == 200
         assert gateway.chat(key=made["secret"], max_tokens=2).status == 200
         refused = gateway.chat(key=made["secret"], max_tokens=2)
@@ -112,7 +114,7 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
         yield f"http://127.0.0.1:{server.server_port}", bodies
     finally:
         server.shutdown()
-        thread.join(5)
+        thread.join(60)
         server.server_close()
 
 
@@ -155,7 +157,7 @@ def test_a_canary_key_appears_nowhere(engine):
             gateway.admin("POST", "/admin/keys", {"name": "x", "priority": canary}),
             gateway.get("/metrics"), gateway.get("/ready"),
         ]  # fmt: skip
-        wait_until("records are written", lambda: ledger(gateway, "SELECT COUNT(*) FROM usage_records")[0][0] >= 8, 15)
+        wait_until("records are written", lambda: ledger(gateway, "SELECT COUNT(*) FROM usage_records")[0][0] >= 8)
         assert gateway.terminate() == 0
         echoed = [a for a in answers if a.status >= 400 and canary.encode() in a.body]
         # A name that does not exist is told to the one who asked for it, in the answer alone.
@@ -181,7 +183,7 @@ def test_every_route_needs_its_key_and_says_so_at_once(engine):
         expired = gateway.admin("POST", "/admin/keys", {"name": "e", "expires_at": time.time() + 0.2}).json
         deleted = gateway.admin("POST", "/admin/keys", {"name": "x"}).json
         gateway.admin("DELETE", f"/admin/keys/{deleted['id']}")
-        wait_until("the key expires", lambda: gateway.get("/v1/usage", expired["secret"]).status == 403, 15)
+        wait_until("the key expires", lambda: gateway.get("/v1/usage", expired["secret"]).status == 403)
         routes = [("POST", path) for path in ENDPOINTS] + [
             ("GET", "/v1/models"),
             ("GET", "/v1/models/double"),
@@ -258,22 +260,22 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
 
         caller = threading.Thread(target=run)
         caller.start()
-        wait_until("it streams", lambda: engine.state()["running"] == 1, 15)
-        lock = sqlite3.connect(f"{gateway.folder}/gateway.sqlite3", isolation_level=None, timeout=10)
+        wait_until("it streams", lambda: engine.state()["running"] == 1)
+        lock = sqlite3.connect(f"{gateway.folder}/gateway.sqlite3", isolation_level=None, timeout=60)
         lock.execute("BEGIN IMMEDIATE")
         try:
             # Nobody knows that the database refuses until there is something to write; that is safe in the spool.
-            refused = wait_until("a refusal", lambda: answer if (answer := chat()).status != 200 else None, 15)
+            refused = wait_until("a refusal", lambda: answer if (answer := chat()).status != 200 else None)
             assert (refused.status, refused.code) == (503, "ledger_unavailable")
             assert int(refused.headers["retry-after"]) >= 1
             assert gateway.get("/ready").status == 503
             assert gateway.get("/v1/models").status == 200  # keys are served from memory, never 401
-            caller.join(15)
+            caller.join(60)
             assert stream[0].body.endswith(b"data: [DONE]\n\n")  # its usage is safe in the spool
         finally:
             lock.execute("ROLLBACK")
             lock.close()
-        wait_until("it heals", lambda: gateway.get("/ready").status == 200, 10)
+        wait_until("it heals", lambda: gateway.get("/ready").status == 200)
         assert chat().status == 200
         wait_until(
             "the spool is replayed",
@@ -281,11 +283,12 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
                 ledger(gateway, "SELECT completion_tokens FROM usage_records WHERE outcome = 'ok' AND stream = 1")
                 == [(60,)]
             ),
-            15,
         )
         ended = len(answered) + 1  # the stream too
-        assert ledger(gateway, "SELECT COUNT(*) FROM usage_records WHERE outcome = 'ok'") == [(ended,)]
-        assert ledger(gateway, "SELECT COUNT(*) FROM holds") == [(0,)]
+        counted = "SELECT COUNT(*) FROM usage_records WHERE outcome = 'ok'"
+        wait_until("all are recorded", lambda: ledger(gateway, counted)[0][0] >= ended)
+        assert ledger(gateway, counted) == [(ended,)]
+        wait_until("no hold is left", lambda: ledger(gateway, "SELECT COUNT(*) FROM holds") == [(0,)])
 
 
 def test_the_drift_against_the_engine_is_zero_when_all_is_settled(engine):
@@ -298,4 +301,4 @@ def test_the_drift_against_the_engine_is_zero_when_all_is_settled(engine):
     with VllmDouble(model="double") as own, GatewayProcess(VLLM_URL=own.url) as gateway:
         for number in range(20):
             gateway.chat(f"double:tokens={number + 1}", stream=number % 2 == 0, max_tokens=50)
-        wait_until("the drift is zero", lambda: drift() == 0, 15)
+        wait_until("the drift is zero", lambda: drift() == 0)

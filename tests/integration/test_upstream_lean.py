@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from tests.doubles.waiting import until
 
 from gateway.upstream import BrokenConnection, ConnectError, Upstream
 
@@ -44,7 +45,7 @@ class Engine:
 
 @pytest.fixture(params=["lean", "session"])
 async def upstream(request: pytest.FixtureRequest) -> AsyncIterator[Upstream]:
-    found = Upstream(2.0)
+    found = Upstream(20.0)
     assert found.lean
     found.lean = request.param == "lean"
     yield found
@@ -138,13 +139,16 @@ async def test_giving_up_closes_the_connection(upstream: Upstream, phase: str) -
     server, url = await started(engine)
     async with server:
         if phase == "head":
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(upstream.open(upstream.route("POST", url, {}), {}, b"{}"), 0.05)
+            opening = asyncio.create_task(upstream.open(upstream.route("POST", url, {}), {}, b"{}"))
+            await until("the engine has the request", lambda: engine.requests)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
         else:
             exchange = await upstream.open(upstream.route("POST", url, {}), {}, b"{}")
             assert await exchange.read() == b"abc"
             exchange.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await engine.closed.wait()
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from tests.doubles.vllm import until
+from tests.doubles.waiting import until
 
 from gateway.errors import UpstreamError
 from gateway.link import READ_BUFFER_BYTES
@@ -18,7 +18,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    found = Upstream(2.0)
+    found = Upstream(20.0)
     assert found.lean
     yield found
     await found.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from tests.doubles.vllm import wait_until
+from tests.doubles.waiting import wait_until
 from tests.doubles.wall_clock import WallClock
 from tests.soak.deeds import Deeds
 from tests.soak.sampling import Sample, Sampler, slope
@@ -128,7 +128,7 @@ def _rest(running: Site, watcher: Watcher) -> list[str]:
         ("records wait in the spool", lambda: _metric(running, "gateway_ledger_spool_records") == 0),
     ):
         try:
-            wait_until(what, resting, 10)
+            wait_until(what, resting)
         except AssertionError as problem:
             problems.append(str(problem))
     return problems

@@ -39,7 +39,7 @@ class World:
 
     async def collect(self, tasks: list[tuple[Call, asyncio.Task]]) -> None:
         """Let calls go on until each was admitted or refused, or waits for others' holds."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 undecided = [(call, task) for call, task in tasks if not task.done()]
                 if len(undecided) == self.made.budget.waiting and all(call.hold is None for call, _ in undecided):

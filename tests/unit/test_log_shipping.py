@@ -125,7 +125,7 @@ def test_the_edges_log_becomes_metrics() -> None:
 def _get(address: str) -> str:
     import urllib.request
 
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
         return answer.read().decode()
 
 

@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
+from tests.doubles.waiting import PATIENCE, wait_until
 
 T = TypeVar("T")
-QUICK = {"GPU_SAMPLE_SECONDS": "0.1", "GPU_RETRY_SECONDS": "0.1", "GPU_DEADLINE_SECONDS": "5", "GPU_EXPORTER_PORT": "0"}
-PATIENCE_SECONDS = 30.0
+QUICK = {
+    "GPU_SAMPLE_SECONDS": "0.1",
+    "GPU_RETRY_SECONDS": "0.1",
+    "GPU_DEADLINE_SECONDS": "20",
+    "GPU_EXPORTER_PORT": "0",
+}
 
 
 class Exporter:
@@ -45,8 +49,8 @@ class Exporter:
         """End the process; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(timeout=PATIENCE_SECONDS)
-        self._reader.join(timeout=PATIENCE_SECONDS)
+        status = self.process.wait(timeout=PATIENCE)
+        self._reader.join(timeout=PATIENCE)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return status
@@ -66,7 +70,7 @@ class Exporter:
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of one request on a connection of its own."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -130,11 +134,14 @@ class Page:
 
 
 def waited(what: str, found: Callable[[], T | None]) -> T:
-    """Poll until `found` gives something; fail saying `what` was waited for."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
+    """The first answer of `found` that is not None; fails saying `what` was waited for."""
+    answers: list[T] = []
+
+    def there() -> bool:
         answer = found()
         if answer is not None:
-            return answer
-        time.sleep(0.05)
-    raise AssertionError(f"waited {PATIENCE_SECONDS:.0f} s for {what}")
+            answers.append(answer)
+        return bool(answers)
+
+    wait_until(what, there)
+    return answers[0]
