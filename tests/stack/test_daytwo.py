@@ -39,6 +39,28 @@ def known(appliance: Appliance, secret: object) -> int:
     return Edge("127.0.0.1", appliance.edge.port, str(secret)).call("GET", "/v1/models").status
 
 
+def findings(appliance: Appliance, state: Path) -> dict[str, list[dict[str, str]]]:
+    """What `make doctor` finds, by area."""
+    told = appliance.run("env", f"APPLIANCE_STATE={state}", "MODE=cpu", "scripts/doctor", "--json", check=False)
+    found: dict[str, list[dict[str, str]]] = {}
+    for line in told.splitlines():
+        one = json.loads(line)
+        found.setdefault(one["area"], []).append(one)
+    return found
+
+
+def test_doctor_knows_a_sound_appliance_from_an_ill_one(appliance: Appliance, tmp_path: Path) -> None:
+    sound = findings(appliance, tmp_path)
+    for area in ("docker", "ports", "services", "service", "certificate", "ledger"):
+        assert {one["verdict"] for one in sound[area]} == {"ok"}, sound[area]
+    appliance.docker("pause", appliance.container("gpu-exporter"))
+    try:
+        ill = findings(appliance, tmp_path)["services"]
+    finally:
+        appliance.docker("unpause", appliance.container("gpu-exporter"))
+    assert [one["what"].partition(",")[0] for one in ill if one["verdict"] == "wrong"] == ["gpu-exporter: paused"]
+
+
 def test_backup_under_load_and_restore(appliance: Appliance, tmp_path: Path) -> None:
     before = appliance.create_key("before-backup")
     target = tmp_path / "backup.tar"
@@ -213,6 +235,15 @@ def test_an_appliance_starts_from_a_bundle_without_any_network(
     body["messages"] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     answer = inside("/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "--json", json.dumps(body))
     assert "The capital of France is Paris." in answer
+
+    state = tmp_path / "state"
+    (state / "backups").mkdir(parents=True)
+    told = make(island, "uninstall", state, YES="1")
+    assert told.endswith("status 0"), told
+    label = f"label=com.docker.compose.project={island.project}"
+    for kind in (("ps", "--all"), ("network", "ls"), ("volume", "ls")):
+        assert island.docker(*kind, "--quiet", "--filter", label) == ""
+    assert [path.name for path in state.iterdir()] == ["backups"]
 
 
 def test_a_damaged_bundle_is_not_loaded(tmp_path: Path, appliance: Appliance) -> None:
