@@ -144,7 +144,10 @@ def status(environment: dict[str, str]) -> int:
     stack = _deployed(where, environment)
     if stack:
         stack.show("ps", "--all")
-        return 0 if stack.healthy() else 1
+        complaints = stack.complaints()
+        for complaint in complaints:
+            print(f"status: {complaint}")
+        return 1 if complaints else 0
     found = running.running(where)
     if found is None or found.supervisor is None:
         print("status: nothing runs (make up)")

@@ -60,12 +60,16 @@ class Stack:
         """Whether containers of this project are up."""
         return any(container.get("State") == "running" for container in self.services())
 
-    def healthy(self) -> bool:
-        """Whether everything that should run does, and says that it is well."""
-        containers = self.services()
-        kept = [one for one in containers if one["Service"] not in ONE_SHOTS]
-        there = any(one["Service"] == "gateway" for one in kept)  # what only watches is no appliance
-        return there and all(one["State"] == "running" and one.get("Health") in {"healthy", ""} for one in kept)
+    def complaints(self) -> list[str]:
+        """What is not as it should be, a line each; none when everything runs and says that it is well."""
+        kept = {one["Service"]: one for one in self.services() if one["Service"] not in ONE_SHOTS}
+        if "gateway" not in kept:  # what only watches is no appliance
+            return ["the gateway was never started, or is removed (make up)"]
+        return [
+            f"{name} is {one['State']}, {one.get('Health') or 'without a health check'} (docker logs {one.get('Name')})"
+            for name, one in sorted(kept.items())
+            if one["State"] != "running" or one.get("Health") not in {"healthy", ""}
+        ]
 
     def keys(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         """`gateway keys …` inside the gateway's container."""

@@ -146,6 +146,11 @@ def test_what_was_started_by_hand_is_found(environment: dict[str, str]) -> None:
     assert json.loads(verb(environment, "keys", "list", "--json").stdout) == {"data": []}
     (double / "ps").write_text(container("prometheus"))
     assert verb(environment, "status").returncode == 1, "what only watches is no appliance"
+    (double / "ps").write_text("\n".join([container("gateway"), container("vllm", health="starting")]))
+    told = verb(environment, "status")
+    assert told.returncode == 1
+    assert "status: vllm is running, starting" in told.stdout
+    assert "gateway is" not in told.stdout
     assert verb(environment, "down").returncode == 0
     assert calls(environment) == ["compose down"]
 
