@@ -20,6 +20,9 @@ KEPT = (
 )  # fmt: skip
 
 
+MOST_RESTARTS = 5  # of a service that is waited for: then it will not come
+
+
 class PlaceError(Exception):
     """The appliance cannot be found or handled; the message names the remedy."""
 
@@ -119,18 +122,22 @@ class ComposePlace:
         """Returns when every one of the services is healthy; raises `PlaceError` when one ends or time is up."""
         deadline = time.monotonic() + seconds
         while True:
-            states = {service_of(one): one["State"] for one in self.containers() if service_of(one) in services}
+            found = {service_of(one): one for one in self.containers() if service_of(one) in services}
+            states = {name: one["State"] for name, one in found.items()}
             ended = [name for name, state in states.items() if state["Status"] == "exited"]  # type: ignore[index]
             if ended:
                 raise PlaceError(f"{ended[0]} ended: docker compose logs --tail 50 {ended[0]}")
             late = [name for name, state in states.items() if not healthy(state)]
             if not late:
                 return
+            looping = [name for name in late if int(str(found[name]["RestartCount"])) >= MOST_RESTARTS]
+            if looping:
+                raise PlaceError(f"{looping[0]} keeps ending: docker compose logs --tail 50 {looping[0]}")
             if time.monotonic() > deadline:
                 raise PlaceError(
                     f"{', '.join(late)} did not become healthy within {seconds:.0f} s: docker compose logs"
                 )
-            time.sleep(0.5)
+            time.sleep(2)  # asking costs a fiftieth of a second of the processor that an engine may need to start
 
     def _label(self) -> str:
         return f"label=com.docker.compose.project={self.project}"

@@ -101,18 +101,18 @@ def back(place: ComposePlace, folder: Path) -> None:
         run("docker", "image", "tag", kept, name)
     present = folder / "at-return.tar"
     manifest = backup(place, present)
-    place.stop()
     if ledger_form(manifest.forms) != ledger_form(before["forms"]):
         print(
             f"upgrade: the ledger's form had changed: the copy from before is put back; newer data: {present}",
             flush=True,
         )
+        place.stop()
         with tempfile.TemporaryDirectory() as scratch:
             _, packed = archive.read(folder / "backup.tar", Path(scratch))
             put_back(place, packed)
-    compose(
-        place, folder / "tree", before["files"], "up", "--detach", "--no-build", "--force-recreate", *before["services"]
-    )
+    # Only what differs is made anew: an engine that is the same in both versions goes on serving.
+    words = ("up", "--detach", "--no-build", "--remove-orphans", *before["services"])
+    compose(place, folder / "tree", before["files"], *words)
     verify(place)
     record(before["commit"], before["files"])
 

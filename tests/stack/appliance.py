@@ -128,7 +128,7 @@ class Appliance:
         """Starts the services and returns once a call would be admitted; seconds it took."""
         started = time.monotonic()
         self.compose("up", "--detach", "--no-build", *(services or self.services()), seconds=1200)
-        until("a call would be admitted", self.edge.ready, 900)
+        until("a call would be admitted", self.edge.ready, 900, every=0.5)
         return time.monotonic() - started
 
     def down(self) -> None:

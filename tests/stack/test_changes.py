@@ -109,7 +109,7 @@ def test_clock_stepped(appliance: Appliance, alarms: Alarms, tmp_path: Path) -> 
     again = ("up", "--detach", "--no-build", "--no-deps", "gateway")
     appliance.compose(*again)
     try:
-        until("a call would be admitted", appliance.edge.ready, 180)
+        until("a call would be admitted", appliance.edge.ready, 180, every=0.5)
         for step in (3600, -3600, 86400, -86400):
             proof = inflict(
                 appliance, alarms, f"clock: stepped by {'a day' if abs(step) > 3600 else 'an hour'}, {'on' if step > 0 else 'back'}",
@@ -120,7 +120,7 @@ def test_clock_stepped(appliance: Appliance, alarms: Alarms, tmp_path: Path) -> 
     finally:
         appliance.files = FILES
         appliance.compose(*again)
-        until("a call would be admitted", appliance.edge.ready, 180)
+        until("a call would be admitted", appliance.edge.ready, 180, every=0.5)
 
 
 def five_more(load: Load) -> None:

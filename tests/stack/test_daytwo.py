@@ -78,7 +78,7 @@ def test_backup_under_load_and_restore(appliance: Appliance, tmp_path: Path) -> 
     told = make(appliance, "restore", tmp_path, FROM=str(target))
 
     assert told.endswith("status 0"), told
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert (known(appliance, before["secret"]), known(appliance, after["secret"])) == (200, 401)
     assert appliance.edge.chat().text.find("Paris") > 0
 
@@ -91,7 +91,7 @@ def test_rotated_secrets_are_in_use_and_the_old_ones_are_not(appliance: Applianc
     told = make(appliance, "rotate-secrets", tmp_path)
 
     assert told.endswith("status 0"), told
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     new = appliance.exec("gateway", "python3", "-c", read)
     assert {line.split(" ")[0] for line in new.split("\n")} == {line.split(" ")[0] for line in old.split("\n")}
     assert not set(old.split("\n")) & set(new.split("\n")) - {""}
@@ -142,14 +142,14 @@ def test_upgrade_and_back_with_data(appliance: Appliance, release: Path, tmp_pat
     told = make(appliance, "upgrade", state, release)
     assert told.endswith("status 0"), told
     assert running_gateway(appliance) == "new"
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert known(appliance, key["secret"]) == 200
     during = appliance.create_key("from-between")
 
     told = make(appliance, "upgrade", state, release, BACK="1")
     assert told.endswith("status 0"), told
     assert running_gateway(appliance) == "old"
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert (known(appliance, key["secret"]), known(appliance, during["secret"])) == (200, 200)
 
 
@@ -167,7 +167,7 @@ def test_a_release_that_does_not_start_is_taken_back(appliance: Appliance, relea
 
     assert told.endswith("status 1"), told
     assert "serves again" in told
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert appliance.edge.chat().status == 200
 
 
