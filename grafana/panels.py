@@ -184,6 +184,7 @@ class Panel:
                     "maxItems": 20,
                     "sortOrder": 3,
                     "stateFilter": {"firing": True, "pending": True, "normal": False, "noData": False, "error": True},
+                    "alertInstanceLabelFilter": '{severity!="heartbeat"}',  # that one always fires
                     "datasource": "Prometheus",
                 }
         return {}

@@ -61,8 +61,9 @@ class Source:
         return [(_name(legend, one["metric"]), float(one["value"][1])) for one in rows]
 
     def alerts(self) -> list[str]:
-        """Names of alerts that are pending or fire."""
-        return sorted({f"{one['labels']['alertname']} ({one['state']})" for one in self._get("alerts")["alerts"]})
+        """Names of alerts that are pending or fire, as the board lists them."""
+        told = [one for one in self._get("alerts")["alerts"] if one["labels"].get("severity") != "heartbeat"]
+        return sorted({f"{one['labels']['alertname']} ({one['state']})" for one in told})
 
 
 def _name(legend: str, labels: dict[str, str]) -> str:

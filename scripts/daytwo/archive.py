@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -36,13 +37,26 @@ class Manifest:
     format: int = FORMAT
 
 
-def write(target: Path, state: IO[bytes], manifest: Manifest) -> Manifest:
-    """Packs the state stream (tar) under the manifest, verified by reading it back, and puts it in place whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def write(target: Path, state: IO[bytes], manifest: Manifest, complete: Callable[[], bool] = lambda: True) -> Manifest:
+    """Packs the state stream (tar) under the manifest, verified by reading it back, and puts it in place whole.
+
+    `complete` is asked once the stream has ended: whether it ended because everything was told. Raises `BackupError`;
+    what `target` held before is then still there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _write(target, state, manifest, complete)
+    except OSError as problem:
+        raise BackupError(f"{target} cannot be written: {problem.strerror or problem}") from None
+
+
+def _write(target: Path, state: IO[bytes], manifest: Manifest, complete: Callable[[], bool]) -> Manifest:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup.") as folder:
         packed = Path(folder) / "state.tar.gz"
         with packed.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0, compresslevel=6) as squeezed:
             shutil.copyfileobj(state, squeezed)
+        if not complete():
+            raise BackupError("the appliance's data could not be read to its end")
         manifest.checksum = checksum(packed)
         manifest.files, manifest.tables, manifest.forms = inspect(packed)
         whole = Path(folder) / "whole.tar"

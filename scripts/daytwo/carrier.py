@@ -23,6 +23,18 @@ def is_sqlite(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def copy_file(source: Path, target: Path) -> bool:
+    """One moment of a file that may be in use; False when it has gone meanwhile."""
+    try:
+        if is_sqlite(source):
+            copy_database(source, target)
+        else:
+            shutil.copyfile(source, target)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def copy_database(source: Path, target: Path) -> None:
     """One consistent moment of a database that may be in use. Raises `sqlite3.Error` if it cannot be read."""
     origin, copy = sqlite3.connect(source, timeout=30), sqlite3.connect(target)
@@ -42,16 +54,23 @@ def export(folders: dict[str, Path], stream) -> None:
                 arcname = f"{name}/{path.relative_to(folder)}"
                 if path.name.endswith(SIDE_FILES) or path.is_symlink() or not (path.is_file() or path.is_dir()):
                     continue
-                if path.is_file() and is_sqlite(path):
-                    copy = Path(scratch) / "database"
-                    copy_database(path, copy)
+                if path.is_dir():
+                    archive.add(path, arcname=arcname, recursive=False)
+                    continue
+                # Files come and go, grow and shrink while the appliance serves: what is packed is a copy that does not.
+                copy = Path(scratch) / "copy"
+                try:
                     entry = archive.gettarinfo(path, arcname)
+                    there = copy_file(path, copy)
+                except FileNotFoundError:
+                    there = False
+                except sqlite3.Error as problem:
+                    raise SystemExit(f"carrier: {arcname} cannot be copied: {problem}") from None
+                if there:
                     entry.size = copy.stat().st_size
                     with copy.open("rb") as content:
                         archive.addfile(entry, content)
-                    copy.unlink()
-                else:
-                    archive.add(path, arcname=arcname, recursive=False)
+                copy.unlink(missing_ok=True)
 
 
 def replace(folders: dict[str, Path], stream) -> None:
@@ -90,7 +109,12 @@ def replace(folders: dict[str, Path], stream) -> None:
 
 if __name__ == "__main__":
     named = {name: Path(folder) for name, _, folder in (argument.partition("=") for argument in sys.argv[2:])}
-    if sys.argv[1] == "export":
-        export(named, sys.stdout.buffer)
-    else:
-        replace(named, sys.stdin.buffer)
+    try:
+        if sys.argv[1] == "export":
+            export(named, sys.stdout.buffer)
+        else:
+            replace(named, sys.stdin.buffer)
+    except BrokenPipeError:
+        os._exit(1)  # who reads has given up, and says why
+    except (OSError, tarfile.TarError) as problem:
+        raise SystemExit(f"carrier: {problem}") from None

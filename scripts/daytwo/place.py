@@ -20,6 +20,9 @@ KEPT = (
 )  # fmt: skip
 
 
+MOST_RESTARTS = 5  # of a service that is waited for: then it will not come
+
+
 class PlaceError(Exception):
     """The appliance cannot be found or handled; the message names the remedy."""
 
@@ -55,9 +58,8 @@ def run(*command: str | Path, quiet: bool = True, **options: object) -> str:
     )
     if done.returncode:
         words = (done.stderr or b"").decode(errors="replace").strip().splitlines()[-3:]
-        raise PlaceError(
-            f"`{' '.join(str(word) for word in command[:6])}` failed: {' / '.join(words) or done.returncode}"
-        )
+        said = " ".join("…" if "\n" in str(word) else str(word) for word in command[:6])  # not a whole script
+        raise PlaceError(f"`{said}` failed: {' / '.join(words) or done.returncode}")
     return str(done.stdout.decode())
 
 
@@ -120,18 +122,22 @@ class ComposePlace:
         """Returns when every one of the services is healthy; raises `PlaceError` when one ends or time is up."""
         deadline = time.monotonic() + seconds
         while True:
-            states = {service_of(one): one["State"] for one in self.containers() if service_of(one) in services}
+            found = {service_of(one): one for one in self.containers() if service_of(one) in services}
+            states = {name: one["State"] for name, one in found.items()}
             ended = [name for name, state in states.items() if state["Status"] == "exited"]  # type: ignore[index]
             if ended:
                 raise PlaceError(f"{ended[0]} ended: docker compose logs --tail 50 {ended[0]}")
             late = [name for name, state in states.items() if not healthy(state)]
             if not late:
                 return
+            looping = [name for name in late if int(str(found[name]["RestartCount"])) >= MOST_RESTARTS]
+            if looping:
+                raise PlaceError(f"{looping[0]} keeps ending: docker compose logs --tail 50 {looping[0]}")
             if time.monotonic() > deadline:
                 raise PlaceError(
                     f"{', '.join(late)} did not become healthy within {seconds:.0f} s: docker compose logs"
                 )
-            time.sleep(0.5)
+            time.sleep(2)  # asking costs a fiftieth of a second of the processor that an engine may need to start
 
     def _label(self) -> str:
         return f"label=com.docker.compose.project={self.project}"
@@ -250,21 +256,31 @@ def project_name() -> str:
 
 def find() -> Place:
     """The appliance of this checkout: what MODE says, else what `make up` started last, else what has data here."""
-    noted = STATE / "deployed.json"  # what `make up` wrote last
-    mode = os.environ.get("MODE", "") or (json.loads(noted.read_text()).get("mode", "") if noted.exists() else "")
+    mode = os.environ.get("MODE", "") or str(last_started().get("mode", ""))
     if mode not in ("", "gpu", "cpu", "local"):
         raise PlaceError(f"MODE={mode} is none of gpu, cpu, local")
+    silent = ""
     if mode != "local" and shutil.which("docker"):
         place = ComposePlace(project_name())
         try:
             if place.volumes() or mode:
                 return place
-        except PlaceError:
-            if mode:
-                raise
+        except PlaceError as problem:
+            silent = f"Docker cannot be asked what it holds: {problem}; systemctl start docker, or MODE=local"
+    elif mode in ("gpu", "cpu"):
+        silent = f"the appliance runs in Docker (MODE={mode}), which is not installed here"
     if mode in ("", "local") and any((STATE / name).is_dir() for name in KEPT):
         return LocalPlace(STATE)
-    raise PlaceError("no appliance found: `make up` starts one")
+    raise PlaceError(silent or "no appliance found: `make up` starts one")
+
+
+def last_started() -> dict[str, object]:
+    """What `make up` or `make upgrade` noted last; empty when that cannot be read, as after a full disk."""
+    try:
+        noted = json.loads((STATE / "deployed.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def told(verb: Callable[[], int]) -> int:
@@ -275,4 +291,6 @@ def told(verb: Callable[[], int]) -> int:
         return verb()
     except (PlaceError, BackupError) as problem:
         print(f"error: {problem}", flush=True)
-        return 1
+    except OSError as problem:  # a full disk, a folder of somebody else, a program that is missing
+        print(f"error: {problem.filename or 'writing'}: {problem.strerror or problem}", flush=True)
+    return 1

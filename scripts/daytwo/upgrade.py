@@ -22,6 +22,7 @@ from scripts.daytwo.place import (
     PlaceError,
     find,
     healthy,
+    last_started,
     restarts,
     run,
     service_of,
@@ -33,14 +34,19 @@ UPGRADES = STATE / "upgrades"
 SCHEMA_FOLDER = "gateway-data"
 
 
-def deployed() -> tuple[str, list[str]]:
+def deployed(place: ComposePlace) -> tuple[str, list[str]]:
     """The version that runs, and the Compose files it was started from."""
-    known = json.loads(DEPLOYED.read_text()) if DEPLOYED.exists() else {}
-    commit = os.environ.get("PREVIOUS") or known.get("commit", "")
+    known = last_started()
+    commit = os.environ.get("PREVIOUS") or str(known.get("commit") or "")
     if not commit:
         raise PlaceError("which version runs? Say PREVIOUS=<tag or commit>; the way back needs its files")
-    commit = commit.removesuffix("-dirty")
-    return commit, known.get("files") or os.environ.get("COMPOSE_FILE", "compose.yaml").split(":")
+    files = known.get("files") or os.environ.get("COMPOSE_FILE", "").split(":")
+    if files == [""]:  # started by hand: its containers say from what
+        labels = [one["Config"]["Labels"] for one in place.containers()]  # type: ignore[index]
+        told = next((one["com.docker.compose.project.config_files"] for one in labels), "compose.yaml")
+        files = [Path(path).name for path in told.split(",")]
+    assert isinstance(files, list)
+    return commit.removesuffix("-dirty"), files
 
 
 def compose(place: ComposePlace, tree: Path, files: list[str], *words: str) -> None:
@@ -60,6 +66,9 @@ def remember(place: ComposePlace, folder: Path, commit: str, files: list[str]) -
     run("git", "-C", REPOSITORY, "archive", "--format=tar", f"--output={folder / 'tree.tar'}", commit)
     run("tar", "-xf", folder / "tree.tar", "-C", tree)
     (folder / "tree.tar").unlink()
+    for name in files:
+        if not (tree / name).exists():  # one of the operator's own, such as compose.override.yaml
+            shutil.copy(REPOSITORY / name, tree / name)
     images = {}
     for one in place.containers():
         name = f"appliance-before/{service_of(one)}:{folder.name.lower()}"
@@ -92,18 +101,18 @@ def back(place: ComposePlace, folder: Path) -> None:
         run("docker", "image", "tag", kept, name)
     present = folder / "at-return.tar"
     manifest = backup(place, present)
-    place.stop()
     if ledger_form(manifest.forms) != ledger_form(before["forms"]):
         print(
             f"upgrade: the ledger's form had changed: the copy from before is put back; newer data: {present}",
             flush=True,
         )
+        place.stop()
         with tempfile.TemporaryDirectory() as scratch:
             _, packed = archive.read(folder / "backup.tar", Path(scratch))
             put_back(place, packed)
-    compose(
-        place, folder / "tree", before["files"], "up", "--detach", "--no-build", "--force-recreate", *before["services"]
-    )
+    # Only what differs is made anew: an engine that is the same in both versions goes on serving.
+    words = ("up", "--detach", "--no-build", "--remove-orphans", *before["services"])
+    compose(place, folder / "tree", before["files"], *words)
     verify(place)
     record(before["commit"], before["files"])
 
@@ -116,7 +125,7 @@ def ledger_form(forms: dict[str, str]) -> dict[str, str]:
 def record(commit: str, files: list[str]) -> None:
     """Notes what runs now."""
     DEPLOYED.parent.mkdir(parents=True, exist_ok=True)
-    DEPLOYED.write_text(json.dumps({"commit": commit, "files": files}) + "\n")
+    DEPLOYED.write_text(json.dumps({**last_started(), "commit": commit, "files": files}) + "\n")
 
 
 def upgrade_local(place: LocalPlace) -> None:
@@ -147,7 +156,7 @@ def main() -> int:
         print(f"upgrade: back at {json.loads((done[-1] / 'before.json').read_text())['commit']}")
         shutil.move(done[-1] / "before.json", done[-1] / "returned.json")
         return 0
-    commit, files = deployed()
+    commit, files = deployed(place)
     services = sorted({service_of(one) for one in place.containers()})
     folder = UPGRADES / f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}"
     remember(place, folder, commit, files)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from services.init.settings import SettingsError
 
-from . import machine, mode, plan, preflight, running, settings, start, variables, welcome
+from . import containers, machine, mode, plan, preflight, running, settings, start, variables, welcome
 from .containers import ComposeError, Stack
 from .mode import Choice, ModeError
 from .places import ROOT, Places, places
@@ -70,11 +70,11 @@ def up_local(local: LocalSettings) -> int:
             start.prometheus_files(local)
         supervisor = start.launch(local.places, kept)
         seconds = start.wait_ready(local, supervisor)
-        key = welcome.first_key(_local_keys(local))
+        _remember(local.places, Choice("local", ""))
+        key = welcome.first_key(_local_keys(local))  # last: it is shown once, so nothing may fail between
     except BaseException:
         start.cleaned(local.places, supervisor)
         raise
-    _remember(local.places, Choice("local", ""))
     more = {"Logs": str(local.places.logs)}
     if any(service.name == "prometheus" for service in kept.services):
         more["Metrics"] = f"http://127.0.0.1:{local.ports.prometheus}"
@@ -98,12 +98,13 @@ def up_compose(choice: Choice, docker: machine.Docker, environment: dict[str, st
     try:
         seconds = stack.start(say, float(environment.get("UP_SECONDS", "").strip() or 3600))
         stack.copy_certificate(where.trusted)
-        key = welcome.first_key(stack.keys)
+        _remember(where, choice)
+        key = welcome.first_key(stack.keys)  # last: it is shown once, so nothing may fail between
     except BaseException:
         if not ran_before:  # what ran before goes on; what we began does not stay half-started
             stack.ask("down", "--timeout", "30")
+            where.deployed.unlink(missing_ok=True)
         raise
-    _remember(where, choice)
     port = {name: environment.get(f"{name}_PORT", "").strip() for name in ("HTTPS", "GRAFANA", "PROMETHEUS", "JAEGER")}
     more = {
         "Grafana": f"http://127.0.0.1:{port['GRAFANA'] or 3000}",
@@ -119,10 +120,8 @@ def up_compose(choice: Choice, docker: machine.Docker, environment: dict[str, st
 def down(environment: dict[str, str]) -> int:
     """Stop everything and leave no process, port or network."""
     where = places(environment)
-    deployed = _deployed(where)
-    code = 0
-    if deployed["files"]:
-        code = Stack(tuple(deployed["files"]), environment).show("down")
+    stack = _deployed(where, environment)
+    code = stack.show("down") if stack else 0
     for name in (running.NAME, "monitoring"):
         forced = running.stop(where, name)
         if forced:
@@ -135,18 +134,20 @@ def down(environment: dict[str, str]) -> int:
 
 def stop(environment: dict[str, str]) -> int:
     """Containers stay and are only stopped; processes of local mode end."""
-    deployed = _deployed(places(environment))
-    return Stack(tuple(deployed["files"]), environment).show("stop") if deployed["files"] else down(environment)
+    stack = _deployed(places(environment), environment)
+    return stack.show("stop") if stack else down(environment)
 
 
 def status(environment: dict[str, str]) -> int:
     """What runs; 0 exactly when the appliance does."""
     where = places(environment)
-    deployed = _deployed(where)
-    if deployed["files"]:
-        stack = Stack(tuple(deployed["files"]), environment)
+    stack = _deployed(where, environment)
+    if stack:
         stack.show("ps", "--all")
-        return 0 if stack.healthy() else 1
+        complaints = stack.complaints()
+        for complaint in complaints:
+            print(f"status: {complaint}")
+        return 1 if complaints else 0
     found = running.running(where)
     if found is None or found.supervisor is None:
         print("status: nothing runs (make up)")
@@ -167,9 +168,9 @@ def status(environment: dict[str, str]) -> int:
 def logs(environment: dict[str, str]) -> int:
     """Follow all logs."""
     where = places(environment)
-    deployed = _deployed(where)
-    if deployed["files"]:
-        return Stack(tuple(deployed["files"]), environment).show("logs", "--follow", "--tail", "50")
+    stack = _deployed(where, environment)
+    if stack:
+        return stack.show("logs", "--follow", "--tail", "50")
     files = sorted(where.logs.glob("*.log"))
     if not files:
         print("logs: there are none yet (make up)", file=sys.stderr)
@@ -225,12 +226,12 @@ def monitoring(environment: dict[str, str], verb: str) -> int:
 
 def keys(environment: dict[str, str], *words: str) -> int:
     """`gateway keys …` where the appliance's database is."""
-    deployed = _deployed(places(environment))
-    if deployed["files"]:
-        stack = Stack(tuple(deployed["files"]), environment)
+    stack = _deployed(places(environment), environment)
+    if stack:
         return stack.show("exec", "gateway", "gateway", "keys", *words)
     local = settings.read(environment)
-    local.places.gateway_data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not local.places.gateway_data.is_dir():  # a key made in a database of our own would open nothing
+        raise RefusedError(["no appliance found: `make up` starts one"])
     argv = [str(plan.BIN / "gateway"), "keys", *words]
     return subprocess.run(argv, env=plan.gateway_environment(local, secrets=False), check=False).returncode
 
@@ -284,12 +285,15 @@ def _remember(where: Places, choice: Choice) -> None:
     where.deployed.write_text(json.dumps(told) + "\n")
 
 
-def _deployed(where: Places) -> dict[str, list[str]]:
+def _deployed(where: Places, environment: dict[str, str]) -> Stack | None:
+    """The project that `make up` started last, or that `docker compose up` did; None for local mode, or nothing."""
     try:
         told = json.loads(where.deployed.read_text())
-        return {"files": [str(file) for file in told["files"]]}
-    except (OSError, ValueError, KeyError):
-        return {"files": []}
+        files = [str(file) for file in told["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        asked = environment.get("MODE", "").strip().lower() != "local"
+        files = containers.files_of_project(environment) if asked else []
+    return Stack(tuple(files), environment) if files else None
 
 
 VERBS: dict[str, Callable[..., int]] = {
@@ -315,6 +319,9 @@ def main(argv: list[str]) -> int:
         return 2
     except (StartError, ComposeError, welcome.FirstKeyError) as failed:
         print(f"{verb}: {failed}", file=sys.stderr)
+        return 1
+    except OSError as failed:  # a full disk, a folder of somebody else, a program that is missing
+        print(f"{verb}: {failed.filename or 'writing'}: {failed.strerror or failed}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{verb}: stopped", file=sys.stderr)

@@ -14,6 +14,7 @@ from .places import ROOT
 from .start import engine_words
 
 ONE_SHOTS = ("init", "model")
+PROJECT = "appliance"  # the name in compose.yaml
 
 
 class ComposeError(Exception):
@@ -59,11 +60,16 @@ class Stack:
         """Whether containers of this project are up."""
         return any(container.get("State") == "running" for container in self.services())
 
-    def healthy(self) -> bool:
-        """Whether everything that should run does, and says that it is well."""
-        containers = self.services()
-        kept = [one for one in containers if one["Service"] not in ONE_SHOTS]
-        return bool(kept) and all(one["State"] == "running" and one.get("Health") in {"healthy", ""} for one in kept)
+    def complaints(self) -> list[str]:
+        """What is not as it should be, a line each; none when everything runs and says that it is well."""
+        kept = {one["Service"]: one for one in self.services() if one["Service"] not in ONE_SHOTS}
+        if "gateway" not in kept:  # what only watches is no appliance
+            return ["the gateway was never started, or is removed (make up)"]
+        return [
+            f"{name} is {one['State']}, {one.get('Health') or 'without a health check'} (docker logs {one.get('Name')})"
+            for name, one in sorted(kept.items())
+            if one["State"] != "running" or one.get("Health") not in {"healthy", ""}
+        ]
 
     def keys(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         """`gateway keys …` inside the gateway's container."""
@@ -123,6 +129,19 @@ class Stack:
         done = self.ask("cp", "nginx:/etc/edge/certificates/fullchain.pem", str(to))
         if done.returncode != 0:
             raise ComposeError(f"the certificate cannot be copied: {_last(done.stderr)}")
+
+
+def files_of_project(environment: Mapping[str, str]) -> list[str]:
+    """The Compose files from which this checkout's containers were started by hand; none where there are none."""
+    project = environment.get("COMPOSE_PROJECT_NAME", "").strip() or PROJECT
+    named, files = "com.docker.compose.project", "com.docker.compose.project.config_files"
+    argv = ["docker", "ps", "--all", "--filter", f"label={named}={project}", "--format", f'{{{{.Label "{files}"}}}}']
+    try:
+        done = subprocess.run(argv, env=dict(environment), capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return lines[0].split(",") if lines else []
 
 
 def _last(text: str) -> str:

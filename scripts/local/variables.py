@@ -62,6 +62,8 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> dict[str, 
         given = parse(path.read_text()) if path.exists() else {}
     except OSError as problem:
         raise VariablesError([f"{path} cannot be read: {problem.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise VariablesError([f"{path} is not text (UTF-8)"]) from None
     names = known()
     problems = [_unknown(name, ".env", names) for name in given if not _is_known(name, names)]
     problems += [

@@ -1,8 +1,9 @@
 #!/usr/bin/env -S python3 -IS
 """A `docker` for tests of who calls it: notes each call in $DOCKER_DOUBLE/calls and answers as the files there say.
 
-`fail` holds words; a call that contains one of them ends with 1. `ps` is what `compose ps` prints. Exists as a program
-on PATH, so that what is tested calls it as it calls the real one.
+`fail` holds words; a call that contains one of them ends with 1. `ps` is what `compose ps` prints, `files` the Compose
+files of containers that somebody has started by hand. Exists as a program on PATH, so that what is tested calls it as it
+calls the real one.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ def main() -> int:
             print(f"the double fails at {word}", file=sys.stderr)
             return 1
     if "compose ps" in call:
-        started = any(line.startswith("compose up") for line in (folder / "calls").read_text().splitlines())
+        up = any(line.startswith("compose up") for line in (folder / "calls").read_text().splitlines())
+        started = up or (folder / "files").exists()
         stopped = any(line.startswith("compose down") for line in (folder / "calls").read_text().splitlines())
         path = folder / "ps"
         print(path.read_text() if path.exists() and started and not stopped else "")
+    elif call.startswith("ps ") and (folder / "files").exists():
+        print((folder / "files").read_text())
     elif "compose cp" in call:
         Path(sys.argv[-1]).write_bytes((folder / "certificate.pem").read_bytes())
     elif "exec -T vllm" in call and (folder / "engine").exists():

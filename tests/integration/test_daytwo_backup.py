@@ -198,3 +198,59 @@ def test_verbs_say_what_to_do_when_there_is_nothing(tmp_path: Path) -> None:
     done = verb("restore", tmp_path / "none")
     assert done.returncode == 1
     assert "FROM=file" in done.stdout
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_backup_before_stays(state: Path, tmp_path: Path) -> None:
+    target = tmp_path / "backup.tar"
+    assert verb("backup", state, TO=str(target)).returncode == 0
+    good = target.read_bytes()
+    for name in ("one", "two", "three"):
+        (state / "gateway-data" / name).write_bytes(os.urandom(200_000))
+    # No file may grow beyond 512 blocks: to a program that is a disk without room.
+    command = f"trap '' XFSZ; ulimit -f 512; exec {REPOSITORY / 'scripts/backup'}"
+    environment = {**os.environ, "MODE": "local", "APPLIANCE_STATE": str(state), "TO": str(target)}
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"error: {target} cannot be written: ")
+    assert done.stderr == ""
+    assert target.read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".backup")] == []
+
+
+def test_data_that_cannot_be_read_to_its_end_is_no_backup(state: Path, tmp_path: Path) -> None:
+    target = tmp_path / "backup.tar"
+    target.write_text("the backup of yesterday")
+    (state / BOOK).write_bytes(b"SQLite format 3\x00" + b"\xff" * 4096)
+
+    done = verb("backup", state, TO=str(target))
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert BOOK in done.stderr
+    assert done.stdout.startswith("error: ")
+    assert target.read_text() == "the backup of yesterday"
+
+
+def test_a_note_that_a_full_disk_has_emptied_stops_no_backup(state: Path, tmp_path: Path) -> None:
+    (state / "deployed.json").write_text("")
+    done = verb("backup", state, TO=str(tmp_path / "backup.tar"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_site_without_git_backs_up_and_knows_its_version(state: Path, tmp_path: Path) -> None:
+    """What a bundle carries is `git archive`'s: no checkout, and perhaps a machine without git."""
+    site = tmp_path / "site"
+    site.mkdir()
+    packed = subprocess.run(
+        ["git", "-C", REPOSITORY, "archive", "--format=tar", "HEAD"], check=True, capture_output=True
+    ).stdout
+    subprocess.run(["tar", "-x", "-C", site], input=packed, check=True)
+    head = ["git", "-C", REPOSITORY, "describe", "--tags", "--always", "HEAD"]
+    version = subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
+    environment = {**os.environ, "MODE": "local", "APPLIANCE_STATE": str(state), "TO": str(tmp_path / "backup.tar")}
+
+    done = subprocess.run([site / "scripts/backup"], env=environment, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"of version {version}" in done.stdout

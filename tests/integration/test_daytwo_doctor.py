@@ -202,3 +202,33 @@ def test_a_certificate_that_will_not_do_is_wrong(
     assert found["certificate"][0]["verdict"] == "wrong"
     assert told in found["certificate"][0]["what"]
     assert "certificates/" in found["certificate"][0]["mend"]
+
+
+def test_a_ledger_that_cannot_be_opened_is_not_called_damaged(doctor: Doctor, state: Path) -> None:
+    """Whoever may not read it must not be sent to restore a sound one."""
+    ledger = state / "gateway-data" / "gateway.sqlite3"
+    ledger.unlink()
+    ledger.mkdir()  # as unreadable as a file of somebody else, also for root
+    status, found = doctor()
+    assert status == 1
+    assert found["ledger"][0]["what"].startswith("cannot be looked at: ")
+    assert "restore" not in found["ledger"][0]["mend"]
+
+
+@pytest.mark.parametrize(("said", "told"), [
+    ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", "does not answer: Cannot connect"),
+    ("permission denied while trying to connect to the Docker daemon socket", "refuses this user"),
+])  # fmt: skip
+def test_where_docker_is_silent_nothing_is_said_of_what_it_holds(
+    doctor: Doctor, tmp_path: Path, said: str, told: str
+) -> None:
+    """Data of local mode that happens to lie here is not the appliance's."""
+    program = tmp_path / "bin" / "docker"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    program.chmod(0o755)
+    status, found = doctor(MODE="cpu", PATH=f"{program.parent}:{os.environ['PATH']}")
+    assert status == 1
+    assert told in found["docker"][0]["what"]
+    assert "cannot be asked" in found["service"][0]["what"]
+    assert found["ledger"][0]["what"] == "not looked at: no appliance found"

@@ -55,7 +55,7 @@ def calls(environment: dict[str, str]) -> list[str]:
     """What Docker was asked to do; questions left out."""
     path = Path(environment["DOCKER_DOUBLE"], "calls")
     lines = path.read_text().splitlines() if path.exists() else []
-    asking = ("info", "compose version", "compose ps", "compose config", "image inspect", "compose exec")
+    asking = ("info", "ps ", "compose version", "compose ps", "compose config", "image inspect", "compose exec")
     return [line for line in lines if not line.startswith(asking)]
 
 
@@ -136,3 +136,48 @@ def test_keys_go_into_the_gateways_container(environment: dict[str, str]) -> Non
     assert verb(environment, "up").returncode == 0
     done = verb(environment, "keys", "list", "--json")
     assert json.loads(done.stdout) == {"data": []}
+
+
+def test_what_was_started_by_hand_is_found(environment: dict[str, str]) -> None:
+    """`docker compose up -d` leaves no note of ours; its containers say which files they came from."""
+    double = Path(environment["DOCKER_DOUBLE"])
+    (double / "files").write_text(f"{ROOT / 'compose.yaml'},{ROOT / 'compose.cpu.yaml'}\n")
+    assert verb(environment, "status").returncode == 0
+    assert json.loads(verb(environment, "keys", "list", "--json").stdout) == {"data": []}
+    (double / "ps").write_text(container("prometheus"))
+    assert verb(environment, "status").returncode == 1, "what only watches is no appliance"
+    (double / "ps").write_text("\n".join([container("gateway"), container("vllm", health="starting")]))
+    told = verb(environment, "status")
+    assert told.returncode == 1
+    assert "status: vllm is running, starting" in told.stdout
+    assert "gateway is" not in told.stdout
+    assert verb(environment, "down").returncode == 0
+    assert calls(environment) == ["compose down"]
+
+
+def test_keys_are_not_made_where_no_appliance_would_know_them(environment: dict[str, str]) -> None:
+    done = verb(environment, "keys", "create", "--name", "me")
+    assert done.returncode == 2
+    assert done.stderr == "keys: no appliance found: `make up` starts one\n"
+    assert not Path(environment["APPLIANCE_STATE"]).exists()
+
+
+def test_a_docker_that_went_away_is_told_in_its_words(environment: dict[str, str]) -> None:
+    assert verb(environment, "up").returncode == 0
+    Path(environment["DOCKER_DOUBLE"], "fail").write_text("compose")
+    for name in (["status"], ["keys", "list"]):
+        done = verb(environment, *name)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert "the double fails" in done.stderr
+
+
+def test_a_full_disk_costs_no_key(environment: dict[str, str]) -> None:
+    """The first key is shown once: it is made when nothing is left that can fail."""
+    state = Path(environment["APPLIANCE_STATE"])
+    (state / "deployed.json").mkdir(parents=True)  # a note that cannot be written, also for root
+    done = verb(environment, "up")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"up: {state / 'deployed.json'}: Is a directory"
+    made = Path(environment["DOCKER_DOUBLE"], "calls").read_text()
+    assert "keys create" not in made

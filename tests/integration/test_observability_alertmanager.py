@@ -47,11 +47,12 @@ EMAIL = {
     [
         {},
         {"ALERT_WEBHOOK_URL": "http://127.0.0.1:9/it's?a=1&b=2"},
+        {"ALERT_HEARTBEAT_URL": "http://127.0.0.1:9/beat'?a=1"},
         {"ALERT_SLACK_URL": "https://slack.example/T/B/x", "ALERT_SLACK_CHANNEL": "#llm"},
         EMAIL,
         {**EMAIL, "ALERT_SMTP_USER": "u", "ALERT_SMTP_PASSWORD": "p: 'q' # \\ \"", "ALERT_SMTP_TLS": "false"},
     ],
-    ids=["nobody", "webhook", "slack", "email", "email with password"],
+    ids=["nobody", "webhook", "heartbeat", "slack", "email", "email with password"],
 )
 def test_what_is_written_is_accepted_by_alertmanager(tmp_path: Path, variables: dict[str, str]) -> None:
     config = tmp_path / "alertmanager.yml"
@@ -150,6 +151,8 @@ def alertmanager(tmp_path: Path, receiver: Receiver) -> Iterator[str]:
     for long in ("group_interval: 5m", "group_interval: 1m"):
         assert long in routes
         routes = routes.replace(long, "group_interval: 1s")
+    assert "repeat_interval: 1m" in routes
+    routes = routes.replace("repeat_interval: 1m", "repeat_interval: 1s")
     (home / "routes.yml").write_text(routes)
     address = f"127.0.0.1:{free_port()}"
     assert ALERTMANAGER is not None
@@ -163,6 +166,7 @@ def alertmanager(tmp_path: Path, receiver: Receiver) -> Iterator[str]:
             "ALERTMANAGER": ALERTMANAGER,
             "ALERTMANAGER_CONFIG": str(tmp_path / "a.yml"),
             "ALERT_WEBHOOK_URL": receiver.url,
+            "ALERT_HEARTBEAT_URL": receiver.url,
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -235,3 +239,13 @@ def test_alerts_of_one_kind_come_in_one_message(alertmanager: str, receiver: Rec
     wait_until("all alerts are told", lambda: len(told()) == 20)
     # One as a rule; on a slow machine the group is sent again while its last alerts are still being taken in.
     assert len(receiver.messages) < len(down) / 2
+
+
+@needs_alertmanager
+def test_the_heartbeat_goes_on_and_only_to_its_own_address(alertmanager: str, receiver: Receiver) -> None:
+    post(alertmanager, {"alertname": "Watchdog", "severity": "heartbeat", "component": "prometheus"}, DISK)
+    wait_until("it is heard again and again", lambda: [m["receiver"] for m in receiver.messages].count("heartbeat") >= 3)
+    wait_until("an alert for people", lambda: receiver.told("DiskNearlyFull", "firing"))
+    for message in receiver.messages:
+        names = {alert["labels"]["alertname"] for alert in message["alerts"]}
+        assert names == ({"Watchdog"} if message["receiver"] == "heartbeat" else {"DiskNearlyFull"})

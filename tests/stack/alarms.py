@@ -81,7 +81,7 @@ class Alarms:
     def listen(self) -> None:
         """Joins the engine's network; returns once it sees every service."""
         self.appliance.docker("network", "connect", f"{self.appliance.project}_engine", self.name)
-        until("the second Prometheus sees every service", lambda: self._up() >= JOBS.keys(), 60)
+        until("the second Prometheus sees every service", lambda: self._up() >= JOBS.keys(), 180)
 
     def remove(self) -> None:
         """Takes it away."""
@@ -100,7 +100,7 @@ class Alarms:
         answer = page(int(self.appliance.settings["ALERTMANAGER_PORT"]), "/api/v2/alerts")
         found = json.loads(answer) if answer else []
         labels = [one["labels"] for one in found]
-        return any(one["alertname"] == name and component in ("", one["component"]) for one in labels)
+        return any(one["alertname"] == name and component in ("", one.get("component")) for one in labels)
 
     def ask(self, query: str) -> list[dict[str, Any]]:
         """The result of an instant query; empty while it cannot be asked."""
@@ -114,7 +114,7 @@ class Alarms:
 
 def page(port: int, path: str) -> str:
     """What a port of this machine answers with 200; empty when it does not."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", path)
         response = connection.getresponse()

@@ -1,5 +1,6 @@
 """The CPU appliance under test: compose.yaml and compose.cpu.yaml as they are, settings by environment only."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ from tests.stack.waiting import until
 REPOSITORY = Path(__file__).resolve().parents[2]
 STANDIN = REPOSITORY / "scripts" / "docker-standin"
 FILES = ("compose.yaml", "compose.cpu.yaml")
+PREFIX = "proof-"  # of every project that tests start
 NOTES: list[str] = []  # what a reader of the result must know; printed at the end of the run
 LEDGER_QUERY = """
 import json, sqlite3
@@ -26,14 +28,14 @@ print(json.dumps([dict(row) for row in book.execute("SELECT * FROM usage_records
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody has at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Ports that nobody has, below those that the kernel gives to outgoing connections: they are used minutes later."""
+    found: list[int] = []
+    while len(found) < count:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            found += [port] if port not in found else []
+    return found
 
 
 class DockerMissing(Exception):
@@ -44,7 +46,7 @@ class DockerMissing(Exception):
 class Appliance:
     """One Compose project of its own, reached from outside through its published ports."""
 
-    project: str = field(default_factory=lambda: f"proof-{secrets.token_hex(3)}")
+    project: str = field(default_factory=lambda: f"{PREFIX}{secrets.token_hex(3)}")
     settings: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     key: str = ""
@@ -119,14 +121,14 @@ class Appliance:
     def build(self) -> float:
         """Builds the images; seconds it took."""
         started = time.monotonic()
-        self.compose("build", *self.services(), seconds=1200)
+        self.compose("build", *self.services(), seconds=2400)
         return time.monotonic() - started
 
     def up(self, *services: str) -> float:
         """Starts the services and returns once a call would be admitted; seconds it took."""
         started = time.monotonic()
-        self.compose("up", "--detach", "--no-build", *(services or self.services()), seconds=900)
-        until("a call would be admitted", self.edge.ready, 600)
+        self.compose("up", "--detach", "--no-build", *(services or self.services()), seconds=1200)
+        until("a call would be admitted", self.edge.ready, 900, every=0.5)
         return time.monotonic() - started
 
     def down(self) -> None:
@@ -137,12 +139,18 @@ class Appliance:
             self.disk = ""
 
     def give_ledger_a_disk(self, image: Path, size: int = 64 << 20) -> None:
-        """Puts the ledger's volume on a small file system of its own (`image` is its file), so that it can be full."""
+        """Puts the ledger's volume on a small file system of its own (`image` is its file), so that it can be full.
+
+        Where the machine has no loop devices, the volume stays an ordinary one, and `disk` empty.
+        """
         with image.open("wb") as file:
             file.truncate(size)
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
-        found = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
-        self.disk = found.stdout.strip()
+        try:
+            subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
+            words = ["losetup", "--find", "--show", str(image)]
+            self.disk = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return
         labels = (f"com.docker.compose.project={self.project}", "com.docker.compose.volume=gateway-data")
         words = [word for label in labels for word in ("--label", label)]
         words += [word for option in ("type=ext4", f"device={self.disk}") for word in ("--opt", option)]
@@ -154,11 +162,6 @@ class Appliance:
     def edge(self) -> Edge:
         """The published HTTPS port, its certificate trusted once it is there."""
         return Edge("127.0.0.1", int(self.settings["HTTPS_PORT"]), self.key)
-
-    @property
-    def prometheus(self) -> str:
-        """Prometheus's published address."""
-        return f"127.0.0.1:{self.settings['PROMETHEUS_PORT']}"
 
     def create_key(self, name: str, *limits: str) -> dict[str, object]:
         """A key made as the README says; the JSON the program prints."""
@@ -174,11 +177,37 @@ class Appliance:
         return self.compose("logs", "--no-color", "--no-log-prefix", *services)
 
 
+def remove_leftovers() -> None:
+    """Takes away what a run that was killed has left in our own Docker: it would hold subnets, ports and memory."""
+    ours = "label=com.docker.compose.project"
+    name = '{{.Label "com.docker.compose.project"}}'
+
+    def docker(*words: str) -> list[str]:
+        return subprocess.run(
+            [STANDIN, "exec", "docker", *words], check=True, capture_output=True, text=True, timeout=300
+        ).stdout.split()
+
+    projects = {one for kind in ("ps --all", "network ls", "volume ls")
+                for one in docker(*kind.split(), "--filter", ours, "--format", name)}  # fmt: skip
+    for project in sorted(one for one in projects if one.startswith(PREFIX)):
+        label = f"{ours}={project}"
+        alarms = docker("ps", "--all", "--quiet", "--filter", f"name={project}")
+        for kind, list_words, remove_words in (
+            ("container", ["ps", "--all"], ["rm", "--force", "--volumes"]),
+            ("network", ["network", "ls"], ["network", "rm"]),
+            ("volume", ["volume", "ls"], ["volume", "rm", "--force"]),
+        ):
+            found = docker(*list_words, "--quiet", "--filter", label)
+            found += [one for one in alarms if kind == "container" and one not in found]
+            if found:
+                docker(*remove_words, *found)
+
+
 def start_docker() -> bool:
     """Makes Docker answer. True if it was us who started it. Raises `DockerMissing`."""
     running = subprocess.run([STANDIN, "exec", "docker", "version"], capture_output=True).returncode == 0
     with tempfile.TemporaryFile("w+") as told:  # a pipe would be held open by the daemon
-        done = subprocess.run([STANDIN, "start"], stdout=told, stderr=told, timeout=300)
+        done = subprocess.run([STANDIN, "start"], stdout=told, stderr=told, timeout=900)
         told.seek(0)
         words = told.read().strip()
     if done.returncode == 3:
@@ -189,6 +218,8 @@ def start_docker() -> bool:
 
 def stand_ins() -> list[str]:
     """Makes what base images nobody gives us; the images that nothing can stand in for."""
-    done = subprocess.run([STANDIN, "images"], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([STANDIN, "images"], capture_output=True, text=True, timeout=1800)
+    if done.returncode == 3:
+        raise DockerMissing(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
     return done.stdout.split()

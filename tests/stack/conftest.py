@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.stack.alarms import Alarms
-from tests.stack.appliance import NOTES, STANDIN, Appliance, DockerMissing, stand_ins, start_docker
+from tests.stack.appliance import NOTES, STANDIN, Appliance, DockerMissing, remove_leftovers, stand_ins, start_docker
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -22,9 +22,11 @@ def docker() -> Iterator[list[str]]:
         pytest.skip("no Docker Engine answers, and starting a private one needs root")
     try:
         started = start_docker()
+        if started:
+            remove_leftovers()
+        left_out = stand_ins()
     except DockerMissing as missing:
         pytest.skip(f"Docker cannot run here: {missing}")
-    left_out = stand_ins()
     if left_out:
         NOTES.append(f"stack: left out, no registry answers and Debian has no package: {' '.join(left_out)}")
     yield left_out

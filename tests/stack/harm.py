@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.stack.appliance import STANDIN, Appliance
+from tests.stack.waiting import until
 
 
 def processes(appliance: Appliance, service: str) -> list[int]:
@@ -145,10 +146,9 @@ def restart_docker() -> None:
     """As `systemctl restart docker`."""
     daemon = engine_processes()[0]
     os.kill(daemon, signal.SIGTERM)
-    from tests.stack.waiting import until
-
-    until("the daemon ends", lambda: not Path(f"/proc/{daemon}").exists(), 60)
-    subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+    # It waits for its containers, which may take their whole `stop_grace_period`.
+    until("the daemon ends", lambda: not Path(f"/proc/{daemon}").exists(), 180)
+    subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
 
 
 def cut_power(appliance: Appliance) -> float:
@@ -160,5 +160,5 @@ def cut_power(appliance: Appliance) -> float:
     struck = time.monotonic()
     for pid in victims:
         end(pid)
-    subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+    subprocess.run([STANDIN, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
     return struck

@@ -4,10 +4,12 @@ import http.client
 import json
 
 import pytest
+from tests.stack.alarms import page
 from tests.stack.appliance import Appliance
 from tests.stack.edge import MODEL, Edge
+from tests.stack.waiting import until
 
-pytestmark = pytest.mark.timeout(1800)  # the first test waits for images and for the engine
+pytestmark = pytest.mark.timeout(3600)  # the first test waits for images and for the engine
 
 
 def test_the_answer_is_paris(appliance: Appliance) -> None:
@@ -54,7 +56,7 @@ def test_models_are_listed_for_a_key_and_refused_without(appliance: Appliance) -
 
 
 def test_plain_http_redirects_to_the_published_https_port(appliance: Appliance) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", int(appliance.settings["HTTP_PORT"]), timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", int(appliance.settings["HTTP_PORT"]), timeout=60)
     connection.request("POST", "/v1/chat/completions", "{}", {"host": "llm.example"})
     response = connection.getresponse()
     assert response.status == 308
@@ -63,15 +65,10 @@ def test_plain_http_redirects_to_the_published_https_port(appliance: Appliance) 
 
 
 def test_prometheus_sees_every_service_of_ours(appliance: Appliance) -> None:
-    from tests.stack.waiting import until
-
     def up() -> set[str]:
-        host, _, port = appliance.prometheus.partition(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=10)
-        connection.request("GET", "/api/v1/query?query=up")
-        series = json.load(connection.getresponse())["data"]["result"]
-        connection.close()
+        answer = page(int(appliance.settings["PROMETHEUS_PORT"]), "/api/v1/query?query=up")
+        series = json.loads(answer)["data"]["result"] if answer else []
         return {one["metric"]["job"] for one in series if one["value"][1] == "1"}
 
     wanted = {"gateway", "vllm", "engine", "gpu", "nginx", "alertmanager", "prometheus"}
-    until(f"Prometheus scrapes {wanted}", lambda: wanted <= up(), 90)
+    until(f"Prometheus scrapes {wanted}", lambda: wanted <= up(), 240)

@@ -20,7 +20,7 @@ from tests.stack.edge import Edge
 from tests.stack.load import Load
 from tests.stack.waiting import until
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(3600)
 
 # Families that this stack cannot have, with the reason.
 SHIPPER = "of the program that ships logs, whose image cannot be had here"
@@ -62,11 +62,10 @@ def reason(family: str) -> str | None:
 
 
 def ask(appliance: Appliance, query: str) -> list[object]:
-    """The result of an instant query to the appliance's own Prometheus."""
+    """The result of an instant query to the appliance's own Prometheus; empty while it does not answer, too."""
     port = int(appliance.settings["PROMETHEUS_PORT"])
     answer = page(port, "/api/v1/query?" + urllib.parse.urlencode({"query": query}))
-    assert answer, f"Prometheus refuses {query}"
-    return list(json.loads(answer)["data"]["result"])
+    return list(json.loads(answer)["data"]["result"]) if answer else []
 
 
 def test_grafanas_container_finds_its_files_and_its_sources(appliance: Appliance, tmp_path: Path) -> None:
@@ -114,12 +113,15 @@ def test_every_query_of_every_panel_has_data_after_a_few_calls(appliance: Applia
         return not blank
 
     with Load(appliance.edge, callers=2), contextlib.suppress(AssertionError):  # what stays blank is said below
-        until("every query has an answer", all_answered, 90, every=1)
+        until("every query has an answer", all_answered, 300, every=1)
     assert len(asked) > 150
     assert sorted(blank) == []
 
 
 def test_what_is_excused_is_really_absent(appliance: Appliance) -> None:
     port = int(appliance.settings["PROMETHEUS_PORT"])
-    known = json.loads(page(port, "/api/v1/label/__name__/values"))["data"]
+    known = json.loads(until("Prometheus tells its names", lambda: page(port, "/api/v1/label/__name__/values"), 60))[
+        "data"
+    ]
+    assert "gateway_requests_total" in known
     assert sorted(family for family in known if reason(family)) == []

@@ -39,6 +39,28 @@ def known(appliance: Appliance, secret: object) -> int:
     return Edge("127.0.0.1", appliance.edge.port, str(secret)).call("GET", "/v1/models").status
 
 
+def findings(appliance: Appliance, state: Path) -> dict[str, list[dict[str, str]]]:
+    """What `make doctor` finds, by area."""
+    told = appliance.run("env", f"APPLIANCE_STATE={state}", "MODE=cpu", "scripts/doctor", "--json", check=False)
+    found: dict[str, list[dict[str, str]]] = {}
+    for line in told.splitlines():
+        one = json.loads(line)
+        found.setdefault(one["area"], []).append(one)
+    return found
+
+
+def test_doctor_knows_a_sound_appliance_from_an_ill_one(appliance: Appliance, tmp_path: Path) -> None:
+    sound = findings(appliance, tmp_path)
+    for area in ("docker", "ports", "services", "service", "certificate", "ledger"):
+        assert {one["verdict"] for one in sound[area]} == {"ok"}, sound[area]
+    appliance.docker("pause", appliance.container("gpu-exporter"))
+    try:
+        ill = findings(appliance, tmp_path)["services"]
+    finally:
+        appliance.docker("unpause", appliance.container("gpu-exporter"))
+    assert [one["what"].partition(",")[0] for one in ill if one["verdict"] == "wrong"] == ["gpu-exporter: paused"]
+
+
 def test_backup_under_load_and_restore(appliance: Appliance, tmp_path: Path) -> None:
     before = appliance.create_key("before-backup")
     target = tmp_path / "backup.tar"
@@ -56,7 +78,7 @@ def test_backup_under_load_and_restore(appliance: Appliance, tmp_path: Path) -> 
     told = make(appliance, "restore", tmp_path, FROM=str(target))
 
     assert told.endswith("status 0"), told
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert (known(appliance, before["secret"]), known(appliance, after["secret"])) == (200, 401)
     assert appliance.edge.chat().text.find("Paris") > 0
 
@@ -69,7 +91,7 @@ def test_rotated_secrets_are_in_use_and_the_old_ones_are_not(appliance: Applianc
     told = make(appliance, "rotate-secrets", tmp_path)
 
     assert told.endswith("status 0"), told
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     new = appliance.exec("gateway", "python3", "-c", read)
     assert {line.split(" ")[0] for line in new.split("\n")} == {line.split(" ")[0] for line in old.split("\n")}
     assert not set(old.split("\n")) & set(new.split("\n")) - {""}
@@ -120,14 +142,14 @@ def test_upgrade_and_back_with_data(appliance: Appliance, release: Path, tmp_pat
     told = make(appliance, "upgrade", state, release)
     assert told.endswith("status 0"), told
     assert running_gateway(appliance) == "new"
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert known(appliance, key["secret"]) == 200
     during = appliance.create_key("from-between")
 
     told = make(appliance, "upgrade", state, release, BACK="1")
     assert told.endswith("status 0"), told
     assert running_gateway(appliance) == "old"
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert (known(appliance, key["secret"]), known(appliance, during["secret"])) == (200, 200)
 
 
@@ -145,7 +167,7 @@ def test_a_release_that_does_not_start_is_taken_back(appliance: Appliance, relea
 
     assert told.endswith("status 1"), told
     assert "serves again" in told
-    until("a call would be admitted", appliance.edge.ready, 300)
+    until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert appliance.edge.chat().status == 200
 
 
@@ -213,6 +235,15 @@ def test_an_appliance_starts_from_a_bundle_without_any_network(
     body["messages"] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     answer = inside("/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "--json", json.dumps(body))
     assert "The capital of France is Paris." in answer
+
+    state = tmp_path / "state"
+    (state / "backups").mkdir(parents=True)
+    told = make(island, "uninstall", state, YES="1")
+    assert told.endswith("status 0"), told
+    label = f"label=com.docker.compose.project={island.project}"
+    for kind in (("ps", "--all"), ("network", "ls"), ("volume", "ls")):
+        assert island.docker(*kind, "--quiet", "--filter", label) == ""
+    assert [path.name for path in state.iterdir()] == ["backups"]
 
 
 def test_a_damaged_bundle_is_not_loaded(tmp_path: Path, appliance: Appliance) -> None:

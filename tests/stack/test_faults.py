@@ -16,10 +16,13 @@ from tests.stack.proof import Proof, inflict
 from tests.stack.waiting import until
 
 pytestmark = [
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(os.geteuid() != 0, reason="killing a container's processes behind Docker's back needs root"),
 ]
 ENGINE_START = 420  # seconds that the CPU engine may take to start on two busy cores; 45 when they are idle
+PROGRAM_START = (
+    45  # seconds for any other container: Docker's wait, and a start on two busy cores; 5 when they are idle
+)
 LASTS = 8.0  # seconds a passing fault stays: longer than a health interval, shorter than a caller's patience
 
 
@@ -34,7 +37,7 @@ def silence(load: Load) -> None:
 
     def silent() -> bool:
         ends = [call.ended for call in list(load.calls) if call.ended and call.whole]
-        return time.monotonic() - max(ends) > LASTS
+        return time.monotonic() - max(ends, default=0) > LASTS
 
     until("callers are answered no more", silent, 60)
 
@@ -48,10 +51,10 @@ def needs_our_docker() -> None:
 def test_gateway_killed(appliance: Appliance, alarms: Alarms) -> None:
     proof = inflict(
         appliance, alarms, "gateway: kill -9", lambda: harm.kill(appliance, "gateway"),
-        within=15, alert="CallsLost/gateway", harm_is_felt=a_failure,
+        within=PROGRAM_START, alert="CallsLost/gateway", harm_is_felt=a_failure,
     )  # fmt: skip
     assert proof.in_flight > 0
-    until("Alertmanager has heard it", lambda: alarms.told("CallsLost/gateway"), 30)
+    until("Alertmanager has heard it", lambda: alarms.told("CallsLost/gateway"), 60)
 
 
 def test_engine_killed(appliance: Appliance, alarms: Alarms) -> None:
@@ -64,10 +67,12 @@ def test_engine_killed(appliance: Appliance, alarms: Alarms) -> None:
 
 def test_ledger_disk_full(appliance: Appliance, alarms: Alarms) -> None:
     """No call is admitted that could not be booked; what was answered before is booked after."""
+    if not appliance.disk:
+        pytest.skip("this machine has no loop device for a small disk, and its own is not ours to fill")
     inflict(
         appliance, alarms, "ledger's disk: full", lambda: harm.fill(appliance, "gateway-data"),
         lambda: harm.free(appliance, "gateway-data"),
-        within=30, alert="LedgerUnavailable/gateway", harm_is_felt=a_failure,
+        within=PROGRAM_START, alert="LedgerUnavailable/gateway", harm_is_felt=a_failure,
     )  # fmt: skip
 
 
@@ -79,7 +84,7 @@ def test_container_paused(appliance: Appliance, alarms: Alarms, service: str) ->
         appliance, alarms, f"{service}: paused",
         lambda: appliance.docker("pause", appliance.container(service)),
         lambda: appliance.docker("unpause", appliance.container(service)),
-        within=30, alert=f"TargetDown/{service}", harm_is_felt=silence,
+        within=PROGRAM_START, alert=f"TargetDown/{service}", harm_is_felt=silence,
     )  # fmt: skip
     assert proof.lost == 0, "a pause shorter than every deadline loses nothing"
 
@@ -98,11 +103,11 @@ def test_other_container_killed(appliance: Appliance, alarms: Alarms, service: s
     alert, no_alert = OTHERS[service]
     proof = inflict(
         appliance, alarms, f"{service}: kill -9", lambda: harm.kill(appliance, service),
-        within=15, alert=alert, no_alert=no_alert,
+        within=PROGRAM_START, alert=alert, no_alert=no_alert,
     )  # fmt: skip
     if service != "nginx":
         assert proof.lost == 0, f"{service} is not in a call's path"
-    until(f"{service} runs again", lambda: appliance.inspect(service)["State"]["Running"], 30)  # type: ignore[index]
+    until(f"{service} runs again", lambda: appliance.inspect(service)["State"]["Running"], 60)  # type: ignore[index]
 
 
 @pytest.mark.long
@@ -112,7 +117,7 @@ def test_container_restarted(appliance: Appliance, alarms: Alarms, service: str)
     proof = inflict(
         appliance, alarms, f"{service}: docker restart",
         lambda: appliance.docker("restart", appliance.container(service)),
-        within=30, alert=f"TargetDown/{service}",
+        within=PROGRAM_START, alert=f"TargetDown/{service}",
     )  # fmt: skip
     assert proof.lost == 0, f"{proof.lost} calls were lost although {service} was asked to leave"
 

@@ -15,4 +15,4 @@ def until(what: str, happened: Callable[[], T], seconds: float, every: float = 0
             return answer
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(min(every, 0.05))
+        time.sleep(every)

@@ -17,16 +17,25 @@ LEAST_MEMORY = 6 * GIB  # the engine's CPU build with the embedded model peaks n
 LEAST_DISK = 20 * GIB  # images 12 GiB, the rest for data
 COMPOSE_NEEDED = (2, 24, 4)  # `!reset` and `!override` in compose.cpu.yaml
 ENGINE_NEEDED = (25, 0, 0)  # healthcheck.start_interval
+PATIENCE = 20  # seconds for one question to a program
 _TIME_ERROR = 5  # adjtimex's answer for a clock that nothing keeps right
 
 
 def said(*command: str) -> str | None:
     """A command's output, or None when it is missing or fails."""
+    return asked(*command)[0]
+
+
+def asked(*command: str) -> tuple[str | None, str]:
+    """A command's output, or None and the last line of what it said when it is missing, fails, or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {PATIENCE} s"
+    except OSError as problem:
+        return None, problem.strerror or str(problem)
+    reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    return (done.stdout.strip(), "") if done.returncode == 0 else (None, reason)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -103,11 +112,13 @@ def docker(situation: Situation) -> Iterator[Finding]:
     if shutil.which("docker") is None:
         yield note("docker", "not installed; MODE=local needs none")
         return
-    engine = said("docker", "version", "--format", "{{.Server.Version}}")
+    engine, reason = asked("docker", "version", "--format", "{{.Server.Version}}")
     if engine is None:
-        mend = "systemctl start docker (and be in the group docker), or: MODE=local"
         make = note if situation.local else wrong
-        yield make("docker", "Docker Engine does not answer", mend)
+        if "permission denied" in reason.lower():
+            yield make("docker", "Docker Engine refuses this user", "sudo usermod -aG docker $USER, and log in again")
+        else:
+            yield make("docker", f"Docker Engine does not answer: {reason}", "systemctl start docker, or: MODE=local")
         return
     compose = said("docker", "compose", "version", "--short")
     if compose is None:
@@ -158,7 +169,8 @@ def alerts(situation: Situation) -> Iterator[Finding]:
     if not answer:
         yield note("alerts", "Prometheus does not answer; no alert is watched", "make monitoring")
         return
-    firing = [one for one in json.loads(answer)["data"]["alerts"] if one["state"] == "firing"]
+    told = [one for one in json.loads(answer)["data"]["alerts"] if one["state"] == "firing"]
+    firing = [one for one in told if one["labels"].get("severity") != "heartbeat"]  # that one always fires
     for one in firing:
         runbook = one["annotations"].get("runbook_url", "docs/runbooks")
         yield wrong("alerts", f"{one['labels']['alertname']} is firing", f"see {runbook}")

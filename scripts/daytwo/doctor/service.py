@@ -1,6 +1,7 @@
 """The appliance itself: settings, containers, its answer, its certificate, its ledger, its backups."""
 
 import datetime as dt
+import getpass
 import http.client
 import json
 import ssl
@@ -20,14 +21,23 @@ SOON = dt.timedelta(days=14)
 OLD_BACKUP = dt.timedelta(days=7)
 LEDGER_QUERY = """
 import json, sqlite3, sys
-book = sqlite3.connect("file:" + sys.argv[1] + "?mode=ro", uri=True)
 count = lambda query: book.execute(query).fetchone()[0]
-print(json.dumps({"verdict": count("PRAGMA quick_check(1)"), "records": count("SELECT count(*) FROM usage_records")}))
+try:
+    book = sqlite3.connect("file:" + sys.argv[1] + "?mode=ro", uri=True, timeout=30)
+    found = {"verdict": count("PRAGMA quick_check(1)"), "records": count("SELECT count(*) FROM usage_records")}
+except sqlite3.OperationalError as problem:  # nothing is known of the file itself: no permission, locked
+    found = {"unread": str(problem)}
+except sqlite3.DatabaseError as problem:
+    found = {"verdict": str(problem)}
+print(json.dumps(found))
 """
 
 
 def settings(situation: Situation) -> Iterator[Finding]:
     """What the gateway itself says of its variables."""
+    if situation.unread:
+        mend = f"make it readable for {getpass.getuser()}, or run this as its owner"
+        yield wrong("settings", f"{situation.repository / '.env'} cannot be read: {situation.unread}", mend)
     program = Path(sys.executable).with_name("gateway")
     if not program.exists():
         yield note("settings", "not checked: the Python environment is missing", "make setup")
@@ -47,7 +57,8 @@ def secrets(situation: Situation) -> Iterator[Finding]:
     files = [path for name in SECRET_FOLDERS for path in (situation.state / name).glob("*") if path.is_file()]
     files += list((situation.state / "backups").glob("*.tar"))
     dotenv = situation.repository / ".env"
-    if dotenv.is_file() and any(word in dotenv.read_text(errors="replace") for word in SECRET_NAMES):
+    given = dotenv.read_text(errors="replace") if dotenv.is_file() and not situation.unread else ""
+    if any(word in given for word in SECRET_NAMES):
         files.append(dotenv)
     open_files = [path for path in files if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)]
     for path in open_files:
@@ -80,7 +91,10 @@ def containers(situation: Situation) -> Iterator[Finding]:
 
 def answer(situation: Situation) -> Iterator[Finding]:
     """Whether a call would be admitted, asked through the edge; and the certificate it shows."""
-    if situation.place is None or not situation.place.running():
+    if situation.place is None:
+        yield note("service", f"not asked: {situation.missing}")
+        return
+    if not situation.place.running():
         yield note("service", "the appliance does not run", "make up")
         return
     port = situation.port("HTTPS_PORT")
@@ -136,6 +150,9 @@ def ledger(situation: Situation) -> Iterator[Finding]:
                 yield note("ledger", "not looked at: the gateway does not run")
                 return
             told = run("docker", "exec", str(gateway[0]["Id"]), "python3", "-c", LEDGER_QUERY, "/data/gateway.sqlite3")
+        elif situation.place is None and not situation.local:
+            yield note("ledger", "not looked at: no appliance found")
+            return
         else:
             book = situation.state / "gateway-data" / "gateway.sqlite3"
             if not book.exists():
@@ -143,10 +160,13 @@ def ledger(situation: Situation) -> Iterator[Finding]:
                 return
             told = run(sys.executable, "-c", LEDGER_QUERY, book)
     except Exception as problem:
-        yield wrong("ledger", f"cannot be read: {problem}", "make restore FROM=<newest backup>")
+        yield wrong("ledger", f"cannot be looked at: {problem}", "make logs")
         return
     facts = json.loads(told)
-    if facts["verdict"] == "ok":
+    if "unread" in facts:
+        mend = "run this as the appliance's user; if that does not help: make logs"
+        yield wrong("ledger", f"cannot be looked at: {facts['unread']}", mend)
+    elif facts["verdict"] == "ok":
         yield ok("ledger", f"whole, {facts['records']} records")
     else:
         yield wrong("ledger", f"damaged: {facts['verdict']}", "make restore FROM=<newest backup>")

@@ -9,12 +9,17 @@ from scripts.daytwo.place import REPOSITORY, STATE, ComposePlace, LocalPlace, Pl
 
 @dataclass(frozen=True)
 class Situation:
-    """`settings` is the environment over `.env`, as Compose reads them."""
+    """`settings` is the environment over `.env`, as Compose reads them.
+
+    `unread` says why `.env` could not be read, `missing` why there is no `place`; both are empty when all is well.
+    """
 
     repository: Path
     state: Path
     settings: dict[str, str]
     place: Place | None
+    unread: str = ""
+    missing: str = ""
 
     @property
     def local(self) -> bool:
@@ -46,9 +51,15 @@ def dotenv(path: Path) -> dict[str, str]:
 
 def look() -> Situation:
     """The situation of this checkout."""
-    settings = {**dotenv(REPOSITORY / ".env"), **os.environ}
+    place: Place | None = None
+    given: dict[str, str] = {}
+    unread = missing = ""
     try:
-        place: Place | None = find()
-    except PlaceError:
-        place = None
-    return Situation(REPOSITORY, STATE, settings, place)
+        given = dotenv(REPOSITORY / ".env")
+    except OSError as problem:
+        unread = problem.strerror or str(problem)
+    try:
+        place = find()
+    except PlaceError as problem:
+        missing = str(problem)
+    return Situation(REPOSITORY, STATE, {**given, **os.environ}, place, unread, missing)
