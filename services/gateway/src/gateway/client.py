@@ -121,10 +121,12 @@ class Client:
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    def push(self, data: bytes) -> bool:
-        """Send a part of the body without waiting. False: do not send more before `drained`."""
-        if self._exchange is not None:
-            return self._exchange.push(data)  # type: ignore[no-any-return]
+    @property
+    def push(self) -> Callable[[bytes], bool]:
+        """Sends a part of the body without waiting. False: do not send more before `drained`. Keep it for many parts."""
+        return self._put_aside if self._exchange is None else self._exchange.push  # type: ignore[no-any-return]
+
+    def _put_aside(self, data: bytes) -> bool:
         self._unsent.append(data)
         return False
 

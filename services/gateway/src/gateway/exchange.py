@@ -210,7 +210,13 @@ class Exchange:
 
     def push(self, data: bytes) -> bool:
         """Send a part of the body. False while the client reads more slowly: wait for `drained` before the next."""
-        return self.gone or self._write(data, True)
+        if self.gone:
+            return True
+        if self._chunked and self._head is None and data and not self.answered:  # as `_write`, in one step
+            connection = self._connection
+            connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return not connection.stalled
+        return self._write(data, True)
 
     async def drained(self) -> None:
         """Return when the client has read most of what was written, or has gone."""

@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_body_end", "_buffer", "_connections", "_discard", "_ending", "_exchange", "_loop", "_paused", "_peer",
-        "_scanned", "_server", "_transport", "_waiter", "closed", "deadline", "stalled",
+        "_scanned", "_server", "_waiter", "closed", "deadline", "stalled", "transport",
     )  # fmt: skip
 
     def __init__(self, connections: Connections, loop: asyncio.AbstractEventLoop) -> None:
@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._body_end = _NEVER
         self._waiter: asyncio.Future[None] | None = None  # a sender waits for the client to read
-        self._transport: Any = None
+        self.transport: Any = None  # of asyncio; the running exchange writes to it
         self.closed: asyncio.Future[None] = loop.create_future()
         self.deadline = _NEVER
         self.stalled = False  # the client reads more slowly than we write
@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """Take the connection; refuse it when there are too many."""
-        self._transport = transport
+        self.transport = transport
         peer, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._peer = tuple(peer[:2]) if isinstance(peer, tuple) else None
         self._server = tuple(server[:2]) if isinstance(server, tuple) else None
@@ -268,7 +268,7 @@ class Connection(asyncio.Protocol):
     def exchange_ended(self, exchange: Exchange) -> None:
         """The application returned. Called by the exchange, in the application's task."""
         self._exchange = None
-        if self._ending or self._transport.is_closing():
+        if self._ending or self.transport.is_closing():
             return
         if not exchange.answered:
             if not exchange.started:
@@ -320,7 +320,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         logger.debug("server_refused", status=status)
-        self._transport.write(refusal(status, message))
+        self.transport.write(refusal(status, message))
         self._linger()
 
     def _linger(self) -> None:
@@ -332,21 +332,21 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         bounds = self._connections.bounds
         self.deadline = self._loop.time() + (bounds.linger_seconds if linger else bounds.write_stall_seconds)
-        if self._transport.is_closing():
+        if self.transport.is_closing():
             return
         if linger:
             if self._paused:
                 self.resume()
-            self._transport.write_eof()
+            self.transport.write_eof()
         else:
-            self._transport.close()
+            self.transport.close()
 
     def abort(self) -> None:
         """End the connection now; the client sees a reset."""
         self._ending = True
         if self._exchange is not None:
             self._exchange.lose()
-        self._transport.abort()
+        self.transport.abort()
 
     def cancel(self) -> asyncio.Task[None] | None:
         """Abort, cancel the application, and return its task."""
@@ -360,7 +360,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Write bytes of a response."""
-        self._transport.write(data)
+        self.transport.write(data)
 
     async def drained(self) -> None:
         """Return when the client has read enough of what was written, or has gone."""
@@ -372,17 +372,17 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Read no more for now."""
-        if not self._paused and not self._transport.is_closing():
+        if not self._paused and not self.transport.is_closing():
             self._paused = True
-            self._transport.pause_reading()
+            self.transport.pause_reading()
             if not self.stalled:
                 self.deadline = _NEVER  # the application is what is waited for
 
     def resume(self) -> None:
         """Read again."""
-        if self._paused and not self._transport.is_closing():
+        if self._paused and not self.transport.is_closing():
             self._paused = False
-            self._transport.resume_reading()
+            self.transport.resume_reading()
             if self._exchange is not None and self._exchange.body_left:
                 self._body_deadline()
 

@@ -251,6 +251,7 @@ class Forward:
         silence.what = "in the middle of its answer"
         await client.start(200, self._head(call, exchange, stream=True))
         silence.client = client
+        feed, push, note, usage = stream.feed, client.push, call.note, call.usage
 
         def take(data: bytes) -> bool:
             """Pass on what came; True when no more is wanted: the stream has ended, or the client is slower."""
@@ -258,16 +259,16 @@ class Forward:
                 raise UpstreamError("The engine broke off before the end of its answer.")
             silence.since = time.perf_counter()
             try:
-                ready = stream.feed(data)
+                ready = feed(data)
             except answer.BrokenStream as broken:
-                call.note(call.usage)
+                note(usage)
                 if broken.before:
-                    client.push(broken.before)
+                    push(broken.before)
                 raise
-            call.note(call.usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
-            if stream.tokens and call.first_token_at is None:
+            note(usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
+            if call.first_token_at is None and stream.tokens:
                 call.first_token_at = silence.since
-            return bool(ready and not client.push(ready)) or stream.ended
+            return (not push(ready) or stream.ended) if ready else stream.ended
 
         while not stream.ended:
             await exchange.relay(take)
