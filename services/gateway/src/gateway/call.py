@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -101,9 +103,9 @@ class Hold:
     slot: Slot | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class UsageRecord:
-    """One row of the ledger. Times are Unix seconds, durations seconds, tokens as the engine counted them."""
+class UsageRecord(msgspec.Struct, frozen=True):
+    """One row of the ledger, in the order of its columns. Times are Unix seconds, durations seconds, tokens as the engine
+    counted them."""
 
     request_id: str
     key_id: str
