@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from gateway.errors import GatewayError
     from gateway.wire import Request
 
+HEAD = b"content-type: %b\r\nx-request-id: %b\r\nserver-timing: %b\r\n%b"  # … and the lines about limits
+STREAM_HEAD = HEAD + b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 
 _BEGIN = re.compile(rb'data: \{"id":[^\n]*?"choices":\[\{')

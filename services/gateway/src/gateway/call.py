@@ -146,12 +146,11 @@ class Call:
         "grant",
         "hold",
         "ip",
-        "limit_headers",
+        "limit_lines",
         "loop_lag",
         "mark",
         "note",
         "outcome",
-        "path",
         "queue_seconds",
         "request",
         "request_id",
@@ -167,10 +166,9 @@ class Call:
         "usage",
     )
 
-    def __init__(self, request_id: str, endpoint: Endpoint, path: str, ip: str) -> None:
+    def __init__(self, request_id: str, endpoint: Endpoint, ip: str) -> None:
         self.request_id = request_id
         self.endpoint = endpoint
-        self.path = path
         self.ip = ip
         self.started = self.mark = time.perf_counter()
         self.started_at = time.time()
@@ -180,7 +178,7 @@ class Call:
         self.grant: Any = None  # capacity's receipt for a place in the engine
         self.backend: Any = None  # dispatch's choice
         self.answer: Any = None  # the stream under way, which knows how to end broken
-        self.limit_headers: dict[str, str] = {}  # x-ratelimit-*, set by the budget stage
+        self.limit_lines = b""  # x-ratelimit-* as header lines, set by the budget stage
         self.loop_lag = 0.0  # seconds: how late the event loop ran when the call came
         self.usage = Usage()
         self.note: Callable[[Usage], None] = _nowhere  # keeps the running usage, set by the budget stage

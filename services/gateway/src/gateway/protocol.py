@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from loguru import logger
@@ -32,6 +33,7 @@ from gateway.head import HEAD_BYTES, MALFORMED, Head, Refused, parse_head
 DISCARD_BYTES = 262_144  # an unread body up to this is read and dropped to keep the connection
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NEVER = float("inf")
+Relay = Callable[[Exchange, Head, tuple[str, int] | None], Awaitable[None] | None]
 _ASGI = {"version": "3.0", "spec_version": "2.1"}
 
 
@@ -40,6 +42,8 @@ class Connections:
 
     def __init__(self, application: Application, bounds: Bounds) -> None:
         self.application = application
+        # An application may take requests without ASGI's scope and messages: `relay` returns its coroutine, or None.
+        self.relay: Relay | None = getattr(application, "relay", None)
         self.bounds = bounds
         self.draining = False
         self.open: set[Connection] = set()
@@ -201,7 +205,27 @@ class Connection(asyncio.Protocol):
 
     def _start(self, head: Head, rest: bytes) -> None:
         exchange = self._exchange = Exchange(self, head)
-        scope = {
+        if head.length:
+            if head.length < 0:
+                exchange.chunks = Chunked()
+            self._body_end = self._loop.time() + self._connections.bounds.body_seconds
+            if rest:
+                self._feed(exchange, rest)
+            else:
+                self._body_deadline()
+        else:
+            self._buffer = rest
+            self.deadline = _NEVER
+        connections = self._connections
+        conversation = None
+        if connections.relay is not None:
+            conversation = connections.relay(exchange, head, self._peer)
+        if conversation is None:
+            conversation = connections.application(self._scope(exchange, head), exchange.receive, exchange.send)
+        exchange.task = self._loop.create_task(exchange.run(conversation))
+
+    def _scope(self, exchange: Exchange, head: Head) -> dict[str, Any]:
+        return {
             "type": "http",
             "http_version": head.version,
             "asgi": _ASGI,
@@ -217,17 +241,6 @@ class Connection(asyncio.Protocol):
             "state": {},
             "extensions": {"gateway.exchange": exchange},
         }
-        if head.length:
-            if head.length < 0:
-                exchange.chunks = Chunked()
-            self._body_end = self._loop.time() + self._connections.bounds.body_seconds
-            self._body_deadline()
-            if rest:
-                self._feed(exchange, rest)
-        else:
-            self._buffer = rest
-            self.deadline = _NEVER
-        exchange.task = self._loop.create_task(exchange.run(self._connections.application, scope))
 
     def _feed(self, exchange: Exchange, data: bytes) -> None:
         left = exchange.body_left

@@ -137,7 +137,7 @@ class Budget:
         if quota and call.endpoint.metered and account.day(self.days.today()).used >= quota:
             refusals.append(limits_told.exhausted("daily_tokens", 0, self.days))
         if refusals:
-            call.limit_headers = self.headers(call)
+            call.limit_lines = self.headers(call)
             raise limits_told.longest(refusals)
 
     def _take(self, call: Call, wanted: Ask, first: bool = False) -> Account | None:
@@ -234,7 +234,7 @@ class Budget:
             if blocked is not None:
                 await self._line.wait(call, wanted, blocked)
         finally:
-            call.limit_headers = self.headers(call)
+            call.limit_lines = self.headers(call)
         hold = call.hold
         caller = call.caller
         assert hold is not None
@@ -330,12 +330,13 @@ class Budget:
 
     # Telling
 
-    def headers(self, call: Call) -> dict[str, str]:
-        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` where a limit holds; resets in whole seconds."""
+    def headers(self, call: Call) -> bytes:
+        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` where a limit holds, as header lines; resets in whole
+        seconds."""
         caller = call.caller
         if caller is None:
-            return {}
+            return b""
         limits = caller.limits
         if not (limits.requests_per_minute or limits.tokens_per_minute or limits.daily_tokens):
-            return {}
-        return limits_told.headers(limits, self._account(caller), self.days, self._now())
+            return b""
+        return limits_told.lines(limits, self._account(caller), self.days, self._now())

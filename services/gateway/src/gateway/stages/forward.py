@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from gateway.backends import Backend
     from gateway.call import Call
-    from gateway.client import Client, RawHeaders
+    from gateway.client import Client
     from gateway.large_body import Buffer
     from gateway.settings import Settings
     from gateway.wire import Endpoint
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE = b": keep-alive\n\n"
 ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
 TAIL_BYTES = 64 * 1024  # where usage stands in a larger one
+_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]+")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
 
@@ -109,6 +110,7 @@ class Forward:
         self._count_retry = on_retry
         self._retries = RetryBudget(settings.retry_ratio)
         self._routes: dict[tuple[str, str], Route] = {}  # by engine and endpoint
+        self._content_types: dict[str, bytes] = {}
         self._silences: set[_Silence] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -249,7 +251,7 @@ class Forward:
         call.answer = stream
         silence.limit = self._settings.idle_seconds
         silence.what = "in the middle of its answer"
-        await client.start(200, self._head(call, exchange, stream=True))
+        await client.start(200, self._head(call, exchange, answer.STREAM_HEAD))
         silence.client = client
         feed, push, note, usage = stream.feed, client.push, call.note, call.usage
 
@@ -313,13 +315,13 @@ class Forward:
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
-        await client.respond(200, self._head(call, exchange, stream=False), body)
+        await client.respond(200, self._head(call, exchange, answer.HEAD), body)
 
     async def _large(
         self, call: Call, client: Client, exchange: Exchange, silence: _Silence, parts: list[bytes]
     ) -> None:
         """Relay a large JSON answer, always one piece behind, so that its last byte waits for the ledger."""
-        await client.start(200, self._head(call, exchange, stream=False))
+        await client.start(200, self._head(call, exchange, answer.HEAD))
         call.first_token_at = silence.since
         pending = b"".join(parts)
         tail = pending[-TAIL_BYTES:]
@@ -341,16 +343,15 @@ class Forward:
         await self._finish(call)
         await client.end(pending)
 
-    def _head(self, call: Call, exchange: Exchange, *, stream: bool) -> RawHeaders:
-        headers: RawHeaders = [
-            (b"content-type", exchange.content_type.encode("latin-1")),
-            (b"x-request-id", call.request_id.encode()),
-            (b"server-timing", call.server_timing()),
-        ]
-        if stream:
-            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        headers += [(name.encode(), value.encode()) for name, value in call.limit_headers.items()]
-        return headers
+    def _head(self, call: Call, exchange: Exchange, form: bytes) -> bytes:
+        name = exchange.content_type
+        content_type = self._content_types.get(name)
+        if content_type is None:
+            # What an engine says may not end a line.
+            content_type = name.encode("latin-1") if _VALUE.fullmatch(name) else b"application/octet-stream"
+            if len(self._content_types) < 64:
+                self._content_types[name] = content_type
+        return form % (content_type, call.request_id.encode(), call.server_timing(), call.limit_lines)
 
 
 def _most(call: Call) -> int:
@@ -367,7 +368,7 @@ def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
         call.outcome = Outcome.REJECTED
         message, param = _message_in(body)
         if status in (404, 405) and not message:
-            return UnknownRoute(f"This model does not offer {call.path}.")
+            return UnknownRoute(f"This model does not offer {call.endpoint.path}.")
         if status == 404:
             return ModelNotFound(message or "The engine does not know this model.", param=param)
         if status == 413:
