@@ -17,10 +17,15 @@ def refusals(
         what = "requests per minute of this address"
         found.append(_too_fast(what, "ip_requests_per_minute", addresses.rate, wait))
     rate = account.requests_rate
-    if rate is not None and (wait := rate.wait(account.requests_tat, now)):
+    if rate is not None and account.requests_tat > now and (wait := rate.wait(account.requests_tat, now)):
         found.append(_too_fast("requests per minute", "requests_per_minute", rate, wait))
     rate = account.tokens_rate
-    if rate is not None and call.endpoint.metered and (wait := rate.wait(account.tokens_tat, now, tokens or 1)):
+    if (
+        rate is not None
+        and account.tokens_tat > now  # else it is full
+        and call.endpoint.metered
+        and (wait := rate.wait(account.tokens_tat, now, tokens or 1))
+    ):
         found.append(_too_fast("tokens per minute", "tokens_per_minute", rate, wait))
     concurrency = limits.concurrency
     if concurrency and len(account.live) >= concurrency:

@@ -51,7 +51,8 @@ class Pipeline:
         ledger: Any,
         telemetry: Any,
     ) -> None:
-        self._settings = settings
+        self._max_body_bytes = settings.max_body_bytes
+        self._bodies_in_flight_bytes = settings.bodies_in_flight_bytes
         self._registry = registry
         self._prompt_counter = prompt_counter
         self._auth = auth
@@ -131,21 +132,21 @@ class Pipeline:
     def _reserve(self, client: Client) -> int:
         """Take room for the body among all bodies in flight; the length is known, or it is taken to be the largest."""
         length = client.headers.get(b"content-length")
-        size = self._settings.max_body_bytes
-        if length is not None and length.isdigit():
-            size = min(size, int(length))
-        if self._body_bytes + size > self._settings.bodies_in_flight_bytes:
+        size = self._max_body_bytes
+        if length is not None and length.isdigit() and (told := int(length)) < size:
+            size = told
+        if self._body_bytes + size > self._bodies_in_flight_bytes:
             raise QueueFull("Too many large requests are under way.", limit="bodies_in_flight_bytes")
         self._body_bytes += size
         return size
 
     async def _read(self, call: Call, client: Client) -> Request:
         if client.guarded:
-            raw = await client.body(self._settings.max_body_bytes)
+            raw = await client.body(self._max_body_bytes)
         else:
             try:
                 async with asyncio.timeout(BODY_SECONDS):
-                    raw = await client.body(self._settings.max_body_bytes)
+                    raw = await client.body(self._max_body_bytes)
             except TimeoutError:
                 raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
         if call.endpoint.multipart:

@@ -76,7 +76,8 @@ class RetryBudget:
 
     def earn(self) -> None:
         """A call was made."""
-        self._tokens = min(self._burst, self._tokens + self._ratio)
+        if self._tokens < self._burst:
+            self._tokens = min(self._burst, self._tokens + self._ratio)
 
     def take(self) -> bool:
         """Whether one more retry is allowed; takes it."""
@@ -102,7 +103,9 @@ class Forward:
         finish: Callable[[Call], Awaitable[None]],
         on_retry: Callable[[], None],
     ) -> None:
-        self._settings = settings
+        self._first_byte_seconds = settings.first_byte_seconds
+        self._idle_seconds = settings.idle_seconds
+        self._keep_alive_seconds = settings.keep_alive_seconds
         self._upstream = upstream
         self._registry = registry
         self._capacity = capacity
@@ -125,9 +128,9 @@ class Forward:
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
     async def _sweep(self) -> None:
-        shortest = min(self._settings.first_byte_seconds, self._settings.idle_seconds)
-        if self._settings.keep_alive_seconds:
-            shortest = min(shortest, self._settings.keep_alive_seconds)
+        shortest = min(self._first_byte_seconds, self._idle_seconds)
+        if self._keep_alive_seconds:
+            shortest = min(shortest, self._keep_alive_seconds)
         period = min(0.5, shortest / 4)
         while True:
             await asyncio.sleep(period)
@@ -138,7 +141,7 @@ class Forward:
     def _judge(self, silence: _Silence, now: float) -> None:
         if not silence.quiet:
             # The engine waits for the client. A reader that never comes back must not keep its place for ever.
-            if now - silence.since > self._settings.idle_seconds:
+            if now - silence.since > self._idle_seconds:
                 silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
@@ -147,15 +150,15 @@ class Forward:
         elif (
             silence.client is not None
             and (silence.ping is None or silence.ping.done())
-            and self._settings.keep_alive_seconds
-            and now - max(silence.since, silence.keep_alive_at) > self._settings.keep_alive_seconds
+            and self._keep_alive_seconds
+            and now - max(silence.since, silence.keep_alive_at) > self._keep_alive_seconds
         ):
             silence.keep_alive_at = now
             silence.ping = asyncio.create_task(silence.client.write(KEEP_ALIVE))
 
     async def exchange(self, call: Call, client: Client) -> None:
         """Relay `call` to `call.backend`. Raises `GatewayError`; on any way out the engine no longer works for it."""
-        silence = _Silence(call, self._settings.first_byte_seconds, time.perf_counter())
+        silence = _Silence(call, self._first_byte_seconds, time.perf_counter())
         self._silences.add(silence)
         exchange = None
         try:
@@ -249,7 +252,7 @@ class Forward:
         assert request is not None
         stream = answer.Stream(request, call.usage, _most(call))
         call.answer = stream
-        silence.limit = self._settings.idle_seconds
+        silence.limit = self._idle_seconds
         silence.what = "in the middle of its answer"
         await client.start(200, self._head(call, exchange, answer.STREAM_HEAD))
         silence.client = client
@@ -293,7 +296,7 @@ class Forward:
             exchange.release()
 
     async def _whole(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
-        silence.limit = self._settings.idle_seconds
+        silence.limit = self._idle_seconds
         silence.what = "in the middle of its answer"
         parts: list[bytes] = []
         size = 0
