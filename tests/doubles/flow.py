@@ -58,7 +58,7 @@ def call(
     raw: bytes = b"{}",
 ) -> Call:
     """A call that has passed auth and budget."""
-    made = Call(f"r{next(_numbers)}", endpoint, endpoint.path, "127.0.0.1")
+    made = Call(f"r{next(_numbers)}", endpoint, "127.0.0.1")
     made.caller = Caller(key, key, weight=weight, priority=priority)
     request = Request(endpoint, raw, model)
     request.prompt_estimate = prompt

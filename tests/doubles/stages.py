@@ -92,7 +92,7 @@ class Stages:
     ) -> Call:
         """A call whose body was read: `prompt` bounds its prompt tokens, `output` is what it asked for."""
         endpoint = ENDPOINTS[path]
-        call = Call(request_id or os.urandom(16).hex(), endpoint, path, ip)
+        call = Call(request_id or os.urandom(16).hex(), endpoint, ip)
         self.auth.identify(call, {b"authorization": b"Bearer " + secret.encode()})
         call.request = Request(endpoint, b"{}", model)
         call.request.prompt_bound = prompt

@@ -33,7 +33,7 @@ class Ring:
         self.keyring.apply([(key, list(secrets) or [Secret(digest_of(GOOD), key_id, 0, None)])])
 
     def identify(self, **headers: bytes) -> Call:
-        call = Call("r", ENDPOINTS["/v1/chat/completions"], "/v1/chat/completions", "ip")
+        call = Call("r", ENDPOINTS["/v1/chat/completions"], "ip")
         self.auth.identify(call, {name.replace("_", "-").encode(): value for name, value in headers.items()})
         return call
 
@@ -134,7 +134,7 @@ def test_the_time_of_a_refusal_says_nothing_about_how_much_of_a_key_was_right(ri
     """
     guesses = [b"x" * len(GOOD), GOOD[: len(GOOD) // 2] + b"x" * (len(GOOD) - len(GOOD) // 2), GOOD[:-1] + b"x"]
     headers = [Headers([(b"authorization", b"Bearer " + guess)]) for guess in guesses]
-    call = Call("r", ENDPOINTS["/v1/chat/completions"], "/v1/chat/completions", "ip")
+    call = Call("r", ENDPOINTS["/v1/chat/completions"], "ip")
 
     def once(sent: Headers) -> int:
         began = time.perf_counter_ns()

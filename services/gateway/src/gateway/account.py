@@ -88,7 +88,10 @@ class Days:
 
     def seconds_left(self) -> float:
         """Seconds until the next day begins."""
-        return self.resets_at() - self._clock()
+        now = self._clock()
+        if not self._start <= now < self._end:
+            self._turn(now)
+        return self._end - now
 
     def resets_at(self) -> float:
         """When the next day begins, Unix seconds."""

@@ -22,8 +22,13 @@ from gateway.identifiers import fresh, ordered
 from gateway.wire import ENDPOINTS
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from gateway.app import Gateway
     from gateway.call import Caller
+    from gateway.exchange import Exchange
+    from gateway.head import Head
+    from gateway.wire import Endpoint
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 _STARTED = int(time.time())
@@ -50,12 +55,21 @@ class Api:
         if scope["type"] == "http" and scope["method"] == "POST":
             endpoint = ENDPOINTS.get(scope["path"])
             if endpoint is not None:
-                client = Client(scope, receive, send)
-                peer = scope.get("client")
-                ip = self._addresses.client(peer[0] if peer else "", client.headers.get(b"x-forwarded-for"))
-                await self._pipeline.run(scope, client, endpoint, request_id(client.headers), ip)
+                await self._run(Client(Headers(scope["headers"]), receive, send), endpoint, scope.get("client"))
                 return
         await self.quart(scope, receive, send)  # type: ignore[arg-type]
+
+    def relay(self, exchange: Exchange, head: Head, peer: tuple[str, int] | None) -> Awaitable[None] | None:
+        """The same for our own connection protocol; None: Quart's."""
+        endpoint = ENDPOINTS.get(head.path)
+        if endpoint is None or head.method != "POST":
+            return None
+        return self._run(Client(Headers(head.headers), exchange.receive, exchange.send, exchange), endpoint, peer)
+
+    def _run(self, client: Client, endpoint: Endpoint, peer: tuple[str, int] | None) -> Awaitable[None]:
+        headers = client.headers
+        ip = self._addresses.client(peer[0] if peer else "", headers.get(b"x-forwarded-for"))
+        return self._pipeline.run(client, endpoint, request_id(headers), ip)
 
 
 def routes(gateway: Gateway) -> Quart:

@@ -127,15 +127,20 @@ class Registry:
 
     def max_model_len(self, model: str) -> int | None:
         """The longest context of `model`, tokens; the smallest of its engines; None while unknown."""
-        lengths = [b.max_model_len for b in self.backends if b.max_model_len is not None and model in b.models]
-        return min(lengths) if lengths else None
+        shortest: int | None = None
+        for backend in self.backends:
+            length = backend.max_model_len
+            if length is not None and (shortest is None or length < shortest) and model in backend.models:
+                shortest = length
+        return shortest
 
     def template_tokens(self, model: str) -> int:
         """What the chat template of `model` adds to a prompt, tokens; the largest of its engines."""
         found = 0
         for backend in self.pool(model):
-            tokens = backend.template_tokens
-            found = max(found, TEMPLATE_TOKENS if tokens is None else tokens)
+            tokens = TEMPLATE_TOKENS if backend.template_tokens is None else backend.template_tokens
+            if tokens > found:
+                found = tokens
         return found
 
     def models(self) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -101,9 +103,9 @@ class Hold:
     slot: Slot | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class UsageRecord:
-    """One row of the ledger. Times are Unix seconds, durations seconds, tokens as the engine counted them."""
+class UsageRecord(msgspec.Struct, frozen=True):
+    """One row of the ledger, in the order of its columns. Times are Unix seconds, durations seconds, tokens as the engine
+    counted them."""
 
     request_id: str
     key_id: str
@@ -144,12 +146,11 @@ class Call:
         "grant",
         "hold",
         "ip",
-        "limit_headers",
+        "limit_lines",
         "loop_lag",
         "mark",
         "note",
         "outcome",
-        "path",
         "queue_seconds",
         "request",
         "request_id",
@@ -165,10 +166,9 @@ class Call:
         "usage",
     )
 
-    def __init__(self, request_id: str, endpoint: Endpoint, path: str, ip: str) -> None:
+    def __init__(self, request_id: str, endpoint: Endpoint, ip: str) -> None:
         self.request_id = request_id
         self.endpoint = endpoint
-        self.path = path
         self.ip = ip
         self.started = self.mark = time.perf_counter()
         self.started_at = time.time()
@@ -178,7 +178,7 @@ class Call:
         self.grant: Any = None  # capacity's receipt for a place in the engine
         self.backend: Any = None  # dispatch's choice
         self.answer: Any = None  # the stream under way, which knows how to end broken
-        self.limit_headers: dict[str, str] = {}  # x-ratelimit-*, set by the budget stage
+        self.limit_lines = b""  # x-ratelimit-* as header lines, set by the budget stage
         self.loop_lag = 0.0  # seconds: how late the event loop ran when the call came
         self.usage = Usage()
         self.note: Callable[[Usage], None] = _nowhere  # keeps the running usage, set by the budget stage

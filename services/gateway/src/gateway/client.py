@@ -11,7 +11,6 @@ from gateway.errors import ClientGone, InvalidRequest, RequestTooLarge
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-RawHeaders = list[tuple[bytes, bytes]]
 _LARGE_BYTES = 2_097_152  # joining more than this takes a millisecond
 
 
@@ -29,18 +28,21 @@ class Headers(dict[bytes, bytes]):
 
 
 class Client:
-    """One request and its answer. Sending is a matter of one task at a time; `started` says whether a head is out."""
+    """One request and its answer. Sending is a matter of one task at a time; `started` says whether a head is out.
+
+    `exchange` is our own connection protocol's side of the request, which does without messages and waiting where it can.
+    An answer's headers are lines (`name: value\\r\\n`).
+    """
 
     __slots__ = ("_exchange", "_receive", "_send", "_unsent", "_watcher", "gone", "headers", "started")
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, headers: Headers, receive: Receive, send: Send, exchange: Any = None) -> None:
         self._receive = receive
         self._send = send
         self._watcher: asyncio.Task[None] | None = None
         self._unsent: list[bytes] = []
-        # Our own connection protocol's side of the request, which does without messages and waiting where it can.
-        self._exchange: Any = (scope.get("extensions") or {}).get("gateway.exchange")
-        self.headers = Headers(scope["headers"])
+        self._exchange = exchange
+        self.headers = headers
         self.started = False
         self.gone = False
 
@@ -106,25 +108,32 @@ class Client:
             self._watcher.cancel()
             self._watcher = None
 
-    async def start(self, status: int, headers: RawHeaders) -> None:
-        """Send the head."""
+    async def start(self, status: int, lines: bytes, length: int | None = None) -> None:
+        """Send the head of an answer of `length` bytes, None: not known."""
         self.started = True
+        if self._exchange is not None:
+            self._exchange.begin(status, lines, length)
+            return
+        headers = [tuple(line.split(b": ", 1)) for line in lines.split(b"\r\n")[:-1]]
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def respond(self, status: int, headers: RawHeaders, body: bytes) -> None:
-        """Send a whole answer; its length is added to `headers`."""
-        headers.append((b"content-length", b"%d" % len(body)))
-        self.started = True
+    async def respond(self, status: int, lines: bytes, body: bytes) -> None:
+        """Send a whole answer."""
         if self._exchange is not None:
-            self._exchange.respond(status, headers, body)
+            self.started = True
+            self._exchange.respond(status, lines, body)
         else:
-            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+            await self.start(status, lines, len(body))
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    def push(self, data: bytes) -> bool:
-        """Send a part of the body without waiting. False: do not send more before `drained`."""
-        if self._exchange is not None:
-            return self._exchange.push(data)  # type: ignore[no-any-return]
+    @property
+    def push(self) -> Callable[[bytes], bool]:
+        """Sends a part of the body without waiting. False: do not send more before `drained`. Keep it for many parts."""
+        return self._put_aside if self._exchange is None else self._exchange.push
+
+    def _put_aside(self, data: bytes) -> bool:
         self._unsent.append(data)
         return False
 

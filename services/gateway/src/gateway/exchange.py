@@ -92,10 +92,10 @@ class Exchange:
 
     # The connection's side
 
-    async def run(self, application: Application, scope: dict[str, Any]) -> None:
+    async def run(self, conversation: Awaitable[None]) -> None:
         """Let the application answer; the connection goes on, or ends, when it returns."""
         try:
-            await application(scope, self.receive, self.send)
+            await conversation
         except Exception as error:  # the border to the application: nothing of it may end the connection unanswered
             logger.opt(exception=error).error("server_application_failed")
         finally:
@@ -200,17 +200,34 @@ class Exchange:
         else:
             raise RuntimeError(f"unknown message {kind!r}")
 
-    # The same without messages and waiting. `scope["extensions"]["gateway.exchange"]` is this object.
+    # The same without messages and waiting, and with headers that are lines already (`name: value\r\n`, well-formed, none
+    # of them about framing or the connection). `scope["extensions"]["gateway.exchange"]` is this object.
 
-    def respond(self, status: int, headers: Any, body: bytes) -> None:
+    def begin(self, status: int, lines: bytes, length: int | None = None) -> None:
+        """Start a response of `length` bytes, None: not known. Nothing is written before the first of them."""
+        if self.gone:
+            return
+        if self._status:
+            raise RuntimeError("a response has begun already")
+        self._status = status
+        told = b"" if length is None else b"content-length: %d\r\n" % length
+        self._head = b"%b%b%b%b%b\r\n" % (status_line(status), date_line(), lines, told, self._framing(status, length))
+
+    def respond(self, status: int, lines: bytes, body: bytes) -> None:
         """Send a whole response."""
         if not self.gone:
-            self._begin(status, headers)
+            self.begin(status, lines, len(body))
             self._write(body, False)
 
     def push(self, data: bytes) -> bool:
         """Send a part of the body. False while the client reads more slowly: wait for `drained` before the next."""
-        return self.gone or self._write(data, True)
+        if self.gone:
+            return True
+        if self._chunked and self._head is None and data and not self.answered:  # as `_write`, in one step
+            connection = self._connection
+            connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return not connection.stalled
+        return self._write(data, True)
 
     async def drained(self) -> None:
         """Return when the client has read most of what was written, or has gone."""
@@ -278,6 +295,16 @@ class Exchange:
                 lines += 1
             elif field == b"connection" and b"close" in value.lower():
                 self.must_close = True
+        head = b"".join(parts)
+        if head.count(b"\n") != lines or head.count(b"\r") != lines or b"\0" in head:
+            raise ValueError("a response header holds a line break or NUL")
+        framing = self._framing(status, length)
+        self._status = status
+        return head + framing + b"\r\n"
+
+    def _framing(self, status: int, length: int | None) -> bytes:
+        """Decide how the response's end, and the connection's, is told; the lines that say so."""
+        told = b""
         if not self._connection.can_go_on(self):
             self.must_close = True
         if self.method != "HEAD" and status not in (204, 304):
@@ -285,21 +312,14 @@ class Exchange:
                 self._left = length
             elif self.version == "1.1":
                 self._chunked = True
-                parts.append(b"transfer-encoding: chunked\r\n")
-                lines += 1
+                told = b"transfer-encoding: chunked\r\n"
             else:
                 self.must_close = True  # HTTP/1.0 without a length: the end of the connection is the end of the body
         if self.must_close:
-            parts.append(b"connection: close\r\n")
-            lines += 1
+            told += b"connection: close\r\n"
         elif self.version == "1.0":
-            parts.append(b"connection: keep-alive\r\n")
-            lines += 1
-        head = b"".join(parts)
-        if head.count(b"\n") != lines or head.count(b"\r") != lines or b"\0" in head:
-            raise ValueError("a response header holds a line break or NUL")
-        self._status = status
-        return head + b"\r\n"
+            told += b"connection: keep-alive\r\n"
+        return told
 
     @property
     def cut(self) -> bool:

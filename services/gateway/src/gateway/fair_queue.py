@@ -151,7 +151,8 @@ class FairQueue:
     def _book(self, account: Account, ticket: Ticket) -> None:
         ticket.account = account
         account.running += 1
-        self.time = max(self.time, account.tag)
+        if account.tag > self.time:
+            self.time = account.tag
         self._move(account, ticket.cost / ticket.weight)
 
     def _move(self, account: Account, tokens: float) -> None:

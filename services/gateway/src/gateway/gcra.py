@@ -30,9 +30,11 @@ class Rate:
 
     def wait(self, tat: float, now: float, cost: int = 1) -> float:
         """Seconds until `cost` units are there; 0 if they are. More than the bucket holds counts as a full bucket."""
+        if tat <= now:
+            return 0.0  # it is full
         if cost > self.limit:
             cost = self.limit
-        behind = (tat if tat > now else now) + cost * self.interval - self.period - now
+        behind = tat + cost * self.interval - self.period - now
         return behind if behind > self._slack else 0.0
 
     def take(self, tat: float, now: float, cost: int = 1) -> float:
@@ -70,7 +72,8 @@ class Addresses:
 
     def wait(self, address: str, now: float) -> float:
         """Seconds until this address may make a request."""
-        return self.rate.wait(self._tats.get(address, 0.0), now)
+        tat = self._tats.get(address, 0.0)
+        return self.rate.wait(tat, now) if tat > now else 0.0
 
     def take(self, address: str, now: float) -> None:
         """It makes one."""

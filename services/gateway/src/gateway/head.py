@@ -142,4 +142,5 @@ def _split_target(head: Head) -> None:
             raise Refused(400, "The request target must be a path.")
     raw, _, head.query = url.partition(b"?")
     head.raw_path = raw
-    head.path = unquote(raw.decode("ascii")) if b"%" in raw else raw.decode("ascii")
+    path = raw.decode("ascii")
+    head.path = unquote(path) if "%" in path else path

@@ -1,4 +1,4 @@
-"""Counters and histograms that cost a list index a call, exposed through prometheus_client.
+"""Counters and histograms that cost an addition a call, exposed through prometheus_client.
 
 prometheus_client's own take a lock and walk the bounds in Python for every observation: 55 µs of a call with eight of
 them (docs/profile.md). These are for one thread, the event loop's, which also renders the exposition.
@@ -7,13 +7,15 @@ them (docs/profile.md). These are for one thread, the event loop's, which also r
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
+
+MOST_NEW = 512  # sorting as many takes less than a tenth of a millisecond
 
 
 class CounterChild:
@@ -30,23 +32,40 @@ class CounterChild:
 
 
 class HistogramChild:
-    """The histogram of one set of label values. `counts[i]` is the number of observations in bucket i alone."""
+    """The histogram of one set of label values. `counts[i]` is the number of observations in bucket i alone.
 
-    __slots__ = ("bounds", "counts", "exemplars", "total")
+    Observations are kept as they come, in `new`, and brought into buckets many at a time (`settle`).
+    """
+
+    __slots__ = ("bounds", "counts", "exemplars", "new", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
+        self.new: list[float] = []
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
         self.exemplars: dict[int, tuple[str, float, float]] = {}
 
     def observe(self, value: float, trace_id: str | None = None) -> None:
         """Count `value`; with a trace id it becomes its bucket's exemplar."""
-        index = bisect_left(self.bounds, value)
-        self.counts[index] += 1
-        self.total += value
+        self.new.append(value)
+        if len(self.new) >= MOST_NEW:
+            self.settle()
         if trace_id is not None:
-            self.exemplars[index] = (trace_id, value, time.time())
+            self.exemplars[bisect_left(self.bounds, value)] = (trace_id, value, time.time())
+
+    def settle(self) -> None:
+        """Bring what is new into its buckets."""
+        new = self.new
+        self.total += sum(new)
+        new.sort()
+        below = 0
+        for index, bound in enumerate(self.bounds):
+            upto = bisect_right(new, bound, below)
+            self.counts[index] += upto - below
+            below = upto
+        self.counts[-1] += len(new) - below
+        new.clear()
 
 
 class Counter(Collector):  # type: ignore[misc]  # prometheus_client publishes no types
@@ -110,6 +129,7 @@ class Histogram(Collector):  # type: ignore[misc]
         for values, child in self._children.items():
             buckets: list[tuple[str, float, Exemplar | None]] = []
             below = 0
+            child.settle()
             for index, text in enumerate(self._texts):
                 below += child.counts[index]
                 found = child.exemplars.get(index)

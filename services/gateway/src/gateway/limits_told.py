@@ -17,10 +17,15 @@ def refusals(
         what = "requests per minute of this address"
         found.append(_too_fast(what, "ip_requests_per_minute", addresses.rate, wait))
     rate = account.requests_rate
-    if rate is not None and (wait := rate.wait(account.requests_tat, now)):
+    if rate is not None and account.requests_tat > now and (wait := rate.wait(account.requests_tat, now)):
         found.append(_too_fast("requests per minute", "requests_per_minute", rate, wait))
     rate = account.tokens_rate
-    if rate is not None and call.endpoint.metered and (wait := rate.wait(account.tokens_tat, now, tokens or 1)):
+    if (
+        rate is not None
+        and account.tokens_tat > now  # else it is full
+        and call.endpoint.metered
+        and (wait := rate.wait(account.tokens_tat, now, tokens or 1))
+    ):
         found.append(_too_fast("tokens per minute", "tokens_per_minute", rate, wait))
     concurrency = limits.concurrency
     if concurrency and len(account.live) >= concurrency:
@@ -51,30 +56,36 @@ def longest(refusals: list[GatewayError]) -> GatewayError:
     return found
 
 
-def headers(limits: Limits, account: Account, days: Days, now: float) -> dict[str, str]:
-    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` where a limit holds; resets in whole seconds.
+_REQUESTS, _TOKENS = (
+    b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%d\r\n" % (what, what, what)
+    for what in (b"requests", b"tokens")
+)
+
+
+def lines(limits: Limits, account: Account, days: Days, now: float) -> bytes:
+    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` where a limit holds, as header lines; resets in whole
+    seconds.
 
     Of the tokens a minute and the tokens of the day the one with less left is told.
     """
-    found: dict[str, str] = {}
+    told = b""
     rate = account.requests_rate
     if rate is not None:
-        _tell(found, "requests", rate.limit, rate.remaining(account.requests_tat, now), account.requests_tat - now)
-    tightest: tuple[int, int, float] | None = None
+        tat = account.requests_tat
+        told = _REQUESTS % (rate.limit, rate.remaining(tat, now), _whole(tat - now))
+    left = limit = reset = None
     rate = account.tokens_rate
     if rate is not None:
-        tightest = (rate.remaining(account.tokens_tat, now), rate.limit, account.tokens_tat - now)
+        left, limit, reset = rate.remaining(account.tokens_tat, now), rate.limit, account.tokens_tat - now
     if limits.daily_tokens:
         day = account.day(days.today())
-        left = limits.daily_tokens - day.used - day.held
-        if tightest is None or left < tightest[0]:
-            tightest = (left if left > 0 else 0, limits.daily_tokens, days.seconds_left())
-    if tightest is not None:
-        _tell(found, "tokens", tightest[1], tightest[0], tightest[2])
-    return found
+        today = limits.daily_tokens - day.used - day.held
+        if left is None or today < left:
+            left, limit, reset = today if today > 0 else 0, limits.daily_tokens, days.seconds_left()
+    if reset is not None:
+        told += _TOKENS % (limit, left, _whole(reset))
+    return told
 
 
-def _tell(headers: dict[str, str], what: str, limit: int, remaining: int, reset: float) -> None:
-    headers[f"x-ratelimit-limit-{what}"] = f"{limit}"
-    headers[f"x-ratelimit-remaining-{what}"] = f"{remaining}"
-    headers[f"x-ratelimit-reset-{what}"] = f"{int(reset + 0.999) if reset > 0 else 0}"
+def _whole(seconds: float) -> int:
+    return int(seconds + 0.999) if seconds > 0 else 0

@@ -234,8 +234,11 @@ class Answer:
 
     def _hand_over(self, take: Callable[[bytes], bool]) -> bool:
         """Give `take` what came; whether it wants no more now. What arrived before a break is still good."""
-        if self.pieces and take(self._taken()):
-            return True
+        pieces = self.pieces
+        if pieces:
+            self.pieces = []
+            if take(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
+                return True
         if self.error is not None:
             raise BrokenConnection(self.error)
         return self.done and take(b"")

@@ -28,7 +28,7 @@ from gateway.large_body import LargeBodies
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.client import Client, RawHeaders, Scope
+    from gateway.client import Client
     from gateway.settings import Settings
     from gateway.wire import Endpoint, Request
 
@@ -51,7 +51,8 @@ class Pipeline:
         ledger: Any,
         telemetry: Any,
     ) -> None:
-        self._settings = settings
+        self._max_body_bytes = settings.max_body_bytes
+        self._bodies_in_flight_bytes = settings.bodies_in_flight_bytes
         self._registry = registry
         self._prompt_counter = prompt_counter
         self._auth = auth
@@ -74,11 +75,11 @@ class Pipeline:
         self.calls: dict[str, Call] = {}
         self.draining = False
 
-    async def run(self, scope: Scope, client: Client, endpoint: Endpoint, request_id: str, ip: str) -> None:
+    async def run(self, client: Client, endpoint: Endpoint, request_id: str, ip: str) -> None:
         """Take one call through the stages, from its head to its record. Never raises a `GatewayError`."""
         if request_id in self.calls:
             request_id = renamed(request_id)
-        call = Call(request_id, endpoint, scope["path"], ip)
+        call = Call(request_id, endpoint, ip)
         task = call.task = asyncio.current_task()
         assert task is not None
         self.calls[request_id] = call
@@ -105,7 +106,7 @@ class Pipeline:
             await self._forward.exchange(call, client)
             call.status = 200
         except GatewayError as error:
-            await self._fail(call, client, error, scope)
+            await self._fail(call, client, error)
         except asyncio.CancelledError:
             if call.cause is None:
                 call.outcome = call.outcome or Outcome.CANCELLED
@@ -113,10 +114,10 @@ class Pipeline:
             task.uncancel()
             # Revoked while its end was being recorded: what it cost stands, and its caller is told the cause.
             if not call.settled or not client.started:
-                await self._fail(call, client, call.cause, scope)
+                await self._fail(call, client, call.cause)
         except Exception as error:  # the one place that turns a fault of ours into an answer
             self._telemetry.fault(call, error)
-            await self._fail(call, client, InternalError("An internal error; the request id leads to it."), scope)
+            await self._fail(call, client, InternalError("An internal error; the request id leads to it."))
         finally:
             call.enter("ledger")
             client.unwatch()
@@ -131,21 +132,21 @@ class Pipeline:
     def _reserve(self, client: Client) -> int:
         """Take room for the body among all bodies in flight; the length is known, or it is taken to be the largest."""
         length = client.headers.get(b"content-length")
-        size = self._settings.max_body_bytes
-        if length is not None and length.isdigit():
-            size = min(size, int(length))
-        if self._body_bytes + size > self._settings.bodies_in_flight_bytes:
+        size = self._max_body_bytes
+        if length is not None and length.isdigit() and (told := int(length)) < size:
+            size = told
+        if self._body_bytes + size > self._bodies_in_flight_bytes:
             raise QueueFull("Too many large requests are under way.", limit="bodies_in_flight_bytes")
         self._body_bytes += size
         return size
 
     async def _read(self, call: Call, client: Client) -> Request:
         if client.guarded:
-            raw = await client.body(self._settings.max_body_bytes)
+            raw = await client.body(self._max_body_bytes)
         else:
             try:
                 async with asyncio.timeout(BODY_SECONDS):
-                    raw = await client.body(self._settings.max_body_bytes)
+                    raw = await client.body(self._max_body_bytes)
             except TimeoutError:
                 raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
         if call.endpoint.multipart:
@@ -174,7 +175,7 @@ class Pipeline:
             call.request_id = renamed(call.request_id)
             self.calls[call.request_id] = call
 
-    async def _fail(self, call: Call, client: Client, error: GatewayError, scope: Scope) -> None:
+    async def _fail(self, call: Call, client: Client, error: GatewayError) -> None:
         call.error = error
         if call.outcome is None or call.outcome is Outcome.OK:
             call.outcome = outcome_of(error, running=call.cause is error)
@@ -183,8 +184,7 @@ class Pipeline:
             return
         if not client.started:
             body = answer.error_body(error, call.endpoint.dialect)
-            await client.start(error.status, self._error_head(call, error, body))
-            await client.end(body)
+            await client.respond(error.status, _error_head(call, error), body)
             return
         client.close_after()
         if call.answer is None:
@@ -192,17 +192,6 @@ class Pipeline:
         with contextlib.suppress(LedgerUnavailable):  # the stream has failed already; `close` keeps trying
             await self._ledger.settle(call)
         await client.end(call.answer.broken(error, call.request_id))
-
-    def _error_head(self, call: Call, error: GatewayError, body: bytes) -> RawHeaders:
-        headers: RawHeaders = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", call.request_id.encode()),
-            (b"server-timing", call.server_timing()),
-        ]
-        fields = {**call.limit_headers, **error.headers()}
-        headers += [(name.encode(), value.encode()) for name, value in fields.items()]
-        return headers
 
     async def drain(self, seconds: float, on_progress: Callable[[int], None]) -> None:
         """Refuse new calls, give running ones `seconds`, end the rest with a terminal event."""
@@ -218,6 +207,11 @@ class Pipeline:
             call.abort(ShuttingDown("The service is restarting."))
         if tasks:
             await asyncio.wait(tasks, timeout=5.0)
+
+
+def _error_head(call: Call, error: GatewayError) -> bytes:
+    retry = "".join([f"{name}: {value}\r\n" for name, value in error.headers().items()])
+    return answer.HEAD % (b"application/json", call.request_id.encode(), call.server_timing(), call.limit_lines) + retry.encode()
 
 
 def outcome_of(error: GatewayError, *, running: bool) -> Outcome:

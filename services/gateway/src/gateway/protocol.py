@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from loguru import logger
@@ -32,6 +33,7 @@ from gateway.head import HEAD_BYTES, MALFORMED, Head, Refused, parse_head
 DISCARD_BYTES = 262_144  # an unread body up to this is read and dropped to keep the connection
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NEVER = float("inf")
+Relay = Callable[[Exchange, Head, tuple[str, int] | None], Awaitable[None] | None]
 _ASGI = {"version": "3.0", "spec_version": "2.1"}
 
 
@@ -40,6 +42,8 @@ class Connections:
 
     def __init__(self, application: Application, bounds: Bounds) -> None:
         self.application = application
+        # An application may take requests without ASGI's scope and messages: `relay` returns its coroutine, or None.
+        self.relay: Relay | None = getattr(application, "relay", None)
         self.bounds = bounds
         self.draining = False
         self.open: set[Connection] = set()
@@ -73,7 +77,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_body_end", "_buffer", "_connections", "_discard", "_ending", "_exchange", "_loop", "_paused", "_peer",
-        "_scanned", "_server", "_transport", "_waiter", "closed", "deadline", "stalled",
+        "_scanned", "_server", "_waiter", "closed", "deadline", "stalled", "transport",
     )  # fmt: skip
 
     def __init__(self, connections: Connections, loop: asyncio.AbstractEventLoop) -> None:
@@ -87,7 +91,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._body_end = _NEVER
         self._waiter: asyncio.Future[None] | None = None  # a sender waits for the client to read
-        self._transport: Any = None
+        self.transport: Any = None  # of asyncio; the running exchange writes to it
         self.closed: asyncio.Future[None] = loop.create_future()
         self.deadline = _NEVER
         self.stalled = False  # the client reads more slowly than we write
@@ -96,7 +100,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """Take the connection; refuse it when there are too many."""
-        self._transport = transport
+        self.transport = transport
         peer, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._peer = tuple(peer[:2]) if isinstance(peer, tuple) else None
         self._server = tuple(server[:2]) if isinstance(server, tuple) else None
@@ -201,7 +205,27 @@ class Connection(asyncio.Protocol):
 
     def _start(self, head: Head, rest: bytes) -> None:
         exchange = self._exchange = Exchange(self, head)
-        scope = {
+        if head.length:
+            if head.length < 0:
+                exchange.chunks = Chunked()
+            self._body_end = self._loop.time() + self._connections.bounds.body_seconds
+            if rest:
+                self._feed(exchange, rest)
+            else:
+                self._body_deadline()
+        else:
+            self._buffer = rest
+            self.deadline = _NEVER
+        connections = self._connections
+        conversation = None
+        if connections.relay is not None:
+            conversation = connections.relay(exchange, head, self._peer)
+        if conversation is None:
+            conversation = connections.application(self._scope(exchange, head), exchange.receive, exchange.send)
+        exchange.task = self._loop.create_task(exchange.run(conversation))
+
+    def _scope(self, exchange: Exchange, head: Head) -> dict[str, Any]:
+        return {
             "type": "http",
             "http_version": head.version,
             "asgi": _ASGI,
@@ -217,17 +241,6 @@ class Connection(asyncio.Protocol):
             "state": {},
             "extensions": {"gateway.exchange": exchange},
         }
-        if head.length:
-            if head.length < 0:
-                exchange.chunks = Chunked()
-            self._body_end = self._loop.time() + self._connections.bounds.body_seconds
-            self._body_deadline()
-            if rest:
-                self._feed(exchange, rest)
-        else:
-            self._buffer = rest
-            self.deadline = _NEVER
-        exchange.task = self._loop.create_task(exchange.run(self._connections.application, scope))
 
     def _feed(self, exchange: Exchange, data: bytes) -> None:
         left = exchange.body_left
@@ -268,7 +281,7 @@ class Connection(asyncio.Protocol):
     def exchange_ended(self, exchange: Exchange) -> None:
         """The application returned. Called by the exchange, in the application's task."""
         self._exchange = None
-        if self._ending or self._transport.is_closing():
+        if self._ending or self.transport.is_closing():
             return
         if not exchange.answered:
             if not exchange.started:
@@ -320,7 +333,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         logger.debug("server_refused", status=status)
-        self._transport.write(refusal(status, message))
+        self.transport.write(refusal(status, message))
         self._linger()
 
     def _linger(self) -> None:
@@ -332,21 +345,21 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         bounds = self._connections.bounds
         self.deadline = self._loop.time() + (bounds.linger_seconds if linger else bounds.write_stall_seconds)
-        if self._transport.is_closing():
+        if self.transport.is_closing():
             return
         if linger:
             if self._paused:
                 self.resume()
-            self._transport.write_eof()
+            self.transport.write_eof()
         else:
-            self._transport.close()
+            self.transport.close()
 
     def abort(self) -> None:
         """End the connection now; the client sees a reset."""
         self._ending = True
         if self._exchange is not None:
             self._exchange.lose()
-        self._transport.abort()
+        self.transport.abort()
 
     def cancel(self) -> asyncio.Task[None] | None:
         """Abort, cancel the application, and return its task."""
@@ -360,7 +373,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Write bytes of a response."""
-        self._transport.write(data)
+        self.transport.write(data)
 
     async def drained(self) -> None:
         """Return when the client has read enough of what was written, or has gone."""
@@ -372,17 +385,17 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Read no more for now."""
-        if not self._paused and not self._transport.is_closing():
+        if not self._paused and not self.transport.is_closing():
             self._paused = True
-            self._transport.pause_reading()
+            self.transport.pause_reading()
             if not self.stalled:
                 self.deadline = _NEVER  # the application is what is waited for
 
     def resume(self) -> None:
         """Read again."""
-        if self._paused and not self._transport.is_closing():
+        if self._paused and not self.transport.is_closing():
             self._paused = False
-            self._transport.resume_reading()
+            self.transport.resume_reading()
             if self._exchange is not None and self._exchange.body_left:
                 self._body_deadline()
 

@@ -92,6 +92,22 @@ def note(usage: Usage, said: Said) -> None:
     usage.known = True
 
 
+def note_running(usage: Usage, text: bytes) -> bool:
+    """Take over one usage object as vLLM writes it on every event. False: it is another one, nothing was noted."""
+    try:
+        said = _usage.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    if said.prompt_tokens is None or said.completion_tokens is None:
+        return False
+    usage.prompt = said.prompt_tokens
+    usage.completion = said.completion_tokens
+    if (details := said.prompt_tokens_details) is not None and details.cached_tokens is not None:
+        usage.cached = details.cached_tokens
+    usage.known = True
+    return True
+
+
 def note_body(usage: Usage, body: bytes) -> bool:
     """Read the usage of a whole JSON answer. Returns False if the body is no JSON at all."""
     try:

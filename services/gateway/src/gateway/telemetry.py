@@ -11,7 +11,6 @@ import logging
 import re
 import time
 import traceback
-from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,6 +18,7 @@ from loguru import logger
 
 from gateway import traces
 from gateway.call import Outcome
+from gateway.histograms import MOST_NEW
 from gateway.lines import LineWriter
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Telemetry:
         self._writer = writer
         self._known_model = known_model
         self._children: dict[tuple[str, str], _Children] = {}
+        self._stages = {stage: child.new for stage, child in metrics.stage_children.items()}
         self._lag = 0.0
         self.on_end: Callable[[Call], None] | None = None  # who else wants to know of ended calls
         endpoint = settings.otel_exporter_otlp_endpoint
@@ -156,11 +157,12 @@ class Telemetry:
         if usage.known:
             children.prompt.value += usage.prompt
             children.completion.value += usage.completion
-        stages = self._metrics.stage_children
+        stages = self._stages
         for stage, seconds in call.stage_seconds.items():  # `observe`, without the call
-            child = stages[stage]
-            child.counts[bisect_left(child.bounds, seconds)] += 1
-            child.total += seconds
+            stages[stage].append(seconds)
+        if len(stages["auth"]) >= MOST_NEW:
+            for child in self._metrics.stage_children.values():
+                child.settle()
         waited = call.stage_seconds.get("capacity")
         if waited is not None:
             self._metrics.queue_seconds.observe(waited)

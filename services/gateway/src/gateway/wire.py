@@ -101,7 +101,7 @@ class Request:
     @property
     def choices(self) -> int:
         """Sequences generated for each prompt; the engine computes, and counts, the prompt once for each."""
-        return max(1, self.n // self.prompts)
+        return self.n // self.prompts or 1
 
     @property
     def output_tokens(self) -> int | None:
@@ -208,12 +208,13 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps, aside: Aside | None = None
             text_bytes -= len(name) + (len(memoryview(value)) if aside is None else aside.size(value))
     if "messages" in fields:
         text_bytes -= FIRST_MESSAGE_BYTES
-    text_bytes = max(0, text_bytes)
+    if text_bytes < 0:
+        text_bytes = 0
     extra = 0
     if (tools := fields.get("tools")) is not None:
         extra = (len(memoryview(tools)) if aside is None else aside.size(tools)) + TOOL_TEMPLATE_TOKENS
     request.prompt_bound = text_bytes + extra + media * caps.media_tokens
-    request.prompt_estimate = max(1, text_bytes // BYTES_PER_TOKEN) + media * caps.media_tokens
+    request.prompt_estimate = (text_bytes // BYTES_PER_TOKEN or 1) + media * caps.media_tokens
     conversation = fields.get("messages") or fields.get("input") or fields.get("prompt")
     if conversation is not None:
         # A conversation grows at its end: its beginning tells it from others and finds the engine with its cache.

@@ -24,7 +24,7 @@ from gateway.hold_line import HoldLine
 from gateway.journal import Held
 from gateway.keyring import Keyring
 from gateway.settings import Settings
-from gateway.stages.estimate import Ask, ask
+from gateway.stages.estimate import Ask, Outputs, ask
 from gateway.store import Database, Store, StoreUnavailable, reports
 
 
@@ -53,7 +53,9 @@ class Budget:
         monotonic: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._settings = settings
+        # Attributes of our own: asking pydantic's object costs several times as much.
+        self._hold_seconds = settings.hold_seconds
+        self._outputs = Outputs(settings.default_output_tokens, settings.max_output_tokens)
         self._store = store
         self._registry = registry
         self._keyring = keyring
@@ -137,7 +139,7 @@ class Budget:
         if quota and call.endpoint.metered and account.day(self.days.today()).used >= quota:
             refusals.append(limits_told.exhausted("daily_tokens", 0, self.days))
         if refusals:
-            call.limit_headers = self.headers(call)
+            call.limit_lines = self.headers(call)
             raise limits_told.longest(refusals)
 
     def _take(self, call: Call, wanted: Ask, first: bool = False) -> Account | None:
@@ -163,9 +165,10 @@ class Budget:
             left = caller.limits.daily_tokens - day.used
             if left < wanted.least:
                 refusals.append(limits_told.exhausted("daily_tokens", left, self.days))
-            elif left - day.held < min(wanted.most, left) or (first and account.waiting):
+            elif left - day.held < (left if left < wanted.most else wanted.most) or (first and account.waiting):
                 blocked = account  # nobody overtakes those who wait
-            tokens = min(tokens, left)
+            if left < tokens:
+                tokens = left
         if metered and organisation is not None and caller.organisation_daily_tokens:
             shared = organisation.day(day.name)
             left = caller.organisation_daily_tokens - shared.used
@@ -186,14 +189,15 @@ class Budget:
             account.requests_tat = account.requests_rate.take(account.requests_tat, now)
         charged = 0
         if account.tokens_rate is not None and metered:
-            charged = min(wanted.likely, account.tokens_rate.limit)
+            limit = account.tokens_rate.limit
+            charged = wanted.likely if wanted.likely < limit else limit
             account.tokens_tat = account.tokens_rate.take(account.tokens_tat, now, charged)
         account.live[call.request_id] = charged
         day.held += tokens
         if organisation is not None:
             organisation.day(day.name).held += tokens
         call.caller = caller
-        call.hold = Hold(call.request_id, caller.key_id, tokens, day.name, self._clock() + self._settings.hold_seconds)
+        call.hold = Hold(call.request_id, caller.key_id, tokens, day.name, self._clock() + self._hold_seconds)
         self.live[call.request_id] = call
         return None
 
@@ -207,10 +211,13 @@ class Budget:
         limits = [(caller.limits.daily_tokens, self._account(caller))]
         if caller.organisation is not None:
             limits.append((caller.organisation_daily_tokens, self.organisation(caller.organisation)))
-        output = self._settings.default_output_tokens if request.max_output is None else request.max_output
+        output = self._outputs.default_output_tokens if request.max_output is None else request.max_output
         most = request.prompt_bound + request.n * output
         today = self.days.today()
-        return any(limit and limit - account.day(today).used < most for limit, account in limits)
+        for limit, account in limits:
+            if limit and limit - account.day(today).used < most:
+                return True
+        return False
 
     def _raise_problem(self, caller: Caller) -> None:
         problem = self._keyring.problem(caller)
@@ -228,13 +235,13 @@ class Budget:
         assert request is not None
         if call.request_id in self.live or self._store.knows(call.request_id):
             return False
-        wanted = ask(request, call.caller, self._settings, self._registry.max_model_len(request.model))
+        wanted = ask(request, call.caller, self._outputs, self._registry.max_model_len(request.model))
         try:
             blocked = self._take(call, wanted, True)
             if blocked is not None:
                 await self._line.wait(call, wanted, blocked)
         finally:
-            call.limit_headers = self.headers(call)
+            call.limit_lines = self.headers(call)
         hold = call.hold
         caller = call.caller
         assert hold is not None
@@ -330,12 +337,13 @@ class Budget:
 
     # Telling
 
-    def headers(self, call: Call) -> dict[str, str]:
-        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` where a limit holds; resets in whole seconds."""
+    def headers(self, call: Call) -> bytes:
+        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` where a limit holds, as header lines; resets in whole
+        seconds."""
         caller = call.caller
         if caller is None:
-            return {}
+            return b""
         limits = caller.limits
         if not (limits.requests_per_minute or limits.tokens_per_minute or limits.daily_tokens):
-            return {}
-        return limits_told.headers(limits, self._account(caller), self.days, self._now())
+            return b""
+        return limits_told.lines(limits, self._account(caller), self.days, self._now())

@@ -73,7 +73,7 @@ class Capacity:
         if request.priority is not None:
             rank = max(rank, RANK[request.priority])
         cost = self._expected(request.prompt_estimate, output, request.n)
-        ticket = Ticket(caller.key_id, cost, max(1, caller.weight), rank, pool, call)
+        ticket = Ticket(caller.key_id, cost, caller.weight or 1, rank, pool, call)
         ticket.calibration = self._calibration
         if not call.endpoint.metered:
             self._bypass(ticket, now)
@@ -87,8 +87,11 @@ class Capacity:
     def _expected(self, prompt: int, output: int | None, n: int) -> float:
         """Tokens that a call will probably cost. Upper bounds would do harm: they are given back at the end, which
         would be credit over the keys that came in meanwhile."""
-        typical = self._typical_output * n
-        return max(1.0, (prompt + (typical if output is None else min(output, typical))) * self._calibration)
+        likely = self._typical_output * n
+        if output is not None and output < likely:
+            likely = output
+        cost = (prompt + likely) * self._calibration
+        return cost if cost > 1.0 else 1.0
 
     def _bypass(self, ticket: Ticket, now: float) -> None:
         """Calls that the engine answers without its batch (tokenize, count_tokens) need an engine, but no place."""
@@ -124,7 +127,8 @@ class Capacity:
         backend = ticket.backend
         ticket.backend = None
         backend.in_flight -= 1
-        backend.outstanding = max(0.0, backend.outstanding - ticket.cost) if backend.in_flight else 0.0
+        outstanding = backend.outstanding - ticket.cost
+        backend.outstanding = outstanding if backend.in_flight and outstanding > 0.0 else 0.0
         if ticket.probe:
             ticket.probe = False
             backend.breaker.release()
@@ -263,10 +267,11 @@ class Capacity:
         if usage.known:  # a call that failed says nothing about how long calls take
             self._rate.served(now - ticket.granted)
             # Against the guess as it was before calibration: a call may have waited while that changed.
-            ratio = min(4.0, max(0.1, used * ticket.calibration / ticket.cost))
+            ratio = used * ticket.calibration / ticket.cost
+            ratio = 4.0 if ratio > 4.0 else 0.1 if ratio < 0.1 else ratio
             self._calibration += (ratio - self._calibration) * LEARNING
             if usage.completion:
-                sequence = usage.completion / max(1, call.request.n if call.request is not None else 1)
+                sequence = usage.completion / (call.request.n if call.request is not None else 1)
                 self._typical_output += (sequence - self._typical_output) * LEARNING
         if ticket.backend is not None:
             self._vacate(ticket)

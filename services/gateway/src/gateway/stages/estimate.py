@@ -6,17 +6,22 @@ The bound comes from the request (`prompt_bound`, `n`, what the caller asked for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from gateway.call import Caller
-from gateway.settings import Settings
 from gateway.wire import Request
 
 _LEAST_OUTPUT = 16  # a call that nobody bounded is not worth admitting for less
 
 
-@dataclass(slots=True)
-class Ask:
+class Outputs(msgspec.Struct, frozen=True):
+    """What the settings say about the length of answers, tokens."""
+
+    default_output_tokens: int
+    max_output_tokens: int
+
+
+class Ask(msgspec.Struct):
     """Tokens a call wants. `most` and `least` bound what it may hold; `likely` is charged to the minute.
 
     `output` is the output limit for one choice that goes with `most`, None where the engine's own bound is enough.
@@ -39,11 +44,11 @@ class Ask:
         limit = self.output
         if tokens < self.most:
             room = max(1, (tokens - self.prompt) // self.n)
-            limit = room if limit is None else min(limit, room)
+            limit = room if limit is None or room < limit else limit
         return None if limit == self.asked else limit
 
 
-def ask(request: Request, caller: Caller | None, settings: Settings, max_model_len: int | None) -> Ask:
+def ask(request: Request, caller: Caller | None, bounds: Outputs, max_model_len: int | None) -> Ask:
     """Bound one request. Sizes are tokens."""
     endpoint = request.endpoint
     n = max(1, request.n)
@@ -54,12 +59,11 @@ def ask(request: Request, caller: Caller | None, settings: Settings, max_model_l
     if endpoint.output_field is None or not endpoint.metered:
         most = prompt if whole is None else min(prompt, whole)
         return Ask(most, most, min(request.prompt_estimate, most), most, n, None, False, None)
-    if whole is not None:
-        prompt = min(prompt, whole)
+    if whole is not None and prompt > whole:
+        prompt = whole
     asked = request.max_output if request.max_output is not None else endpoint.default_output
     output = asked
-    caps = [caller.limits.max_tokens if caller else 0, settings.max_output_tokens]
-    for cap in caps:
+    for cap in (caller.limits.max_tokens if caller else 0, bounds.max_output_tokens):
         if cap and (output is None or output > cap):
             output = cap if output is not None or max_model_len is None else min(cap, max_model_len)
     limited = caller is not None and bool(
@@ -67,25 +71,21 @@ def ask(request: Request, caller: Caller | None, settings: Settings, max_model_l
     )
     defaulted = False
     if output is None and limited:
-        output = settings.default_output_tokens
+        output = bounds.default_output_tokens
         defaulted = True
     if asked is None and output is not None and max_model_len and prompt + output > max_model_len:
         # The engine refuses a limit that does not fit behind the prompt, and the prompt's length is only bounded:
         # its own end of the context bounds the call as well.
         fits = max_model_len - prompt
         output = fits if fits >= _LEAST_OUTPUT else None
-    most = prompt + n * (settings.default_output_tokens if output is None else output)
-    if whole is not None:
-        most = whole if output is None else min(most, whole)
+    most = prompt + n * (bounds.default_output_tokens if output is None else output)
+    if whole is not None and (output is None or most > whole):
+        most = whole
     least = prompt + n * (1 if asked is not None else _LEAST_OUTPUT)
-    expected = settings.default_output_tokens // 8 if defaulted or output is None else output
-    return Ask(
-        most=most,
-        least=min(least, most),
-        likely=min(request.prompt_estimate + n * expected, most),
-        prompt=prompt,
-        n=n,
-        output=output,
-        generates=True,
-        asked=asked,
-    )
+    expected = bounds.default_output_tokens // 8 if defaulted or output is None else output
+    likely = request.prompt_estimate + n * expected
+    if least > most:
+        least = most
+    if likely > most:
+        likely = most
+    return Ask(most, least, likely, prompt, n, output, True, asked)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from gateway.backends import Backend
     from gateway.call import Call
-    from gateway.client import Client, RawHeaders
+    from gateway.client import Client
     from gateway.large_body import Buffer
     from gateway.settings import Settings
     from gateway.wire import Endpoint
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE = b": keep-alive\n\n"
 ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
 TAIL_BYTES = 64 * 1024  # where usage stands in a larger one
+_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]+")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
 
@@ -75,7 +76,8 @@ class RetryBudget:
 
     def earn(self) -> None:
         """A call was made."""
-        self._tokens = min(self._burst, self._tokens + self._ratio)
+        if self._tokens < self._burst:
+            self._tokens = min(self._burst, self._tokens + self._ratio)
 
     def take(self) -> bool:
         """Whether one more retry is allowed; takes it."""
@@ -101,7 +103,9 @@ class Forward:
         finish: Callable[[Call], Awaitable[None]],
         on_retry: Callable[[], None],
     ) -> None:
-        self._settings = settings
+        self._first_byte_seconds = settings.first_byte_seconds
+        self._idle_seconds = settings.idle_seconds
+        self._keep_alive_seconds = settings.keep_alive_seconds
         self._upstream = upstream
         self._registry = registry
         self._capacity = capacity
@@ -109,6 +113,7 @@ class Forward:
         self._count_retry = on_retry
         self._retries = RetryBudget(settings.retry_ratio)
         self._routes: dict[tuple[str, str], Route] = {}  # by engine and endpoint
+        self._content_types: dict[str, bytes] = {}
         self._silences: set[_Silence] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -123,9 +128,9 @@ class Forward:
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
     async def _sweep(self) -> None:
-        shortest = min(self._settings.first_byte_seconds, self._settings.idle_seconds)
-        if self._settings.keep_alive_seconds:
-            shortest = min(shortest, self._settings.keep_alive_seconds)
+        shortest = min(self._first_byte_seconds, self._idle_seconds)
+        if self._keep_alive_seconds:
+            shortest = min(shortest, self._keep_alive_seconds)
         period = min(0.5, shortest / 4)
         while True:
             await asyncio.sleep(period)
@@ -136,7 +141,7 @@ class Forward:
     def _judge(self, silence: _Silence, now: float) -> None:
         if not silence.quiet:
             # The engine waits for the client. A reader that never comes back must not keep its place for ever.
-            if now - silence.since > self._settings.idle_seconds:
+            if now - silence.since > self._idle_seconds:
                 silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
@@ -145,15 +150,15 @@ class Forward:
         elif (
             silence.client is not None
             and (silence.ping is None or silence.ping.done())
-            and self._settings.keep_alive_seconds
-            and now - max(silence.since, silence.keep_alive_at) > self._settings.keep_alive_seconds
+            and self._keep_alive_seconds
+            and now - max(silence.since, silence.keep_alive_at) > self._keep_alive_seconds
         ):
             silence.keep_alive_at = now
             silence.ping = asyncio.create_task(silence.client.write(KEEP_ALIVE))
 
     async def exchange(self, call: Call, client: Client) -> None:
         """Relay `call` to `call.backend`. Raises `GatewayError`; on any way out the engine no longer works for it."""
-        silence = _Silence(call, self._settings.first_byte_seconds, time.perf_counter())
+        silence = _Silence(call, self._first_byte_seconds, time.perf_counter())
         self._silences.add(silence)
         exchange = None
         try:
@@ -247,10 +252,11 @@ class Forward:
         assert request is not None
         stream = answer.Stream(request, call.usage, _most(call))
         call.answer = stream
-        silence.limit = self._settings.idle_seconds
+        silence.limit = self._idle_seconds
         silence.what = "in the middle of its answer"
-        await client.start(200, self._head(call, exchange, stream=True))
+        await client.start(200, self._head(call, exchange, answer.STREAM_HEAD))
         silence.client = client
+        feed, push, note, usage = stream.feed, client.push, call.note, call.usage
 
         def take(data: bytes) -> bool:
             """Pass on what came; True when no more is wanted: the stream has ended, or the client is slower."""
@@ -258,16 +264,16 @@ class Forward:
                 raise UpstreamError("The engine broke off before the end of its answer.")
             silence.since = time.perf_counter()
             try:
-                ready = stream.feed(data)
+                ready = feed(data)
             except answer.BrokenStream as broken:
-                call.note(call.usage)
+                note(usage)
                 if broken.before:
-                    client.push(broken.before)
+                    push(broken.before)
                 raise
-            call.note(call.usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
-            if stream.tokens and call.first_token_at is None:
+            note(usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
+            if call.first_token_at is None and stream.tokens:
                 call.first_token_at = silence.since
-            return bool(ready and not client.push(ready)) or stream.ended
+            return (not push(ready) or stream.ended) if ready else stream.ended
 
         while not stream.ended:
             await exchange.relay(take)
@@ -290,7 +296,7 @@ class Forward:
             exchange.release()
 
     async def _whole(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
-        silence.limit = self._settings.idle_seconds
+        silence.limit = self._idle_seconds
         silence.what = "in the middle of its answer"
         parts: list[bytes] = []
         size = 0
@@ -312,13 +318,13 @@ class Forward:
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
-        await client.respond(200, self._head(call, exchange, stream=False), body)
+        await client.respond(200, self._head(call, exchange, answer.HEAD), body)
 
     async def _large(
         self, call: Call, client: Client, exchange: Exchange, silence: _Silence, parts: list[bytes]
     ) -> None:
         """Relay a large JSON answer, always one piece behind, so that its last byte waits for the ledger."""
-        await client.start(200, self._head(call, exchange, stream=False))
+        await client.start(200, self._head(call, exchange, answer.HEAD))
         call.first_token_at = silence.since
         pending = b"".join(parts)
         tail = pending[-TAIL_BYTES:]
@@ -340,16 +346,15 @@ class Forward:
         await self._finish(call)
         await client.end(pending)
 
-    def _head(self, call: Call, exchange: Exchange, *, stream: bool) -> RawHeaders:
-        headers: RawHeaders = [
-            (b"content-type", exchange.content_type.encode("latin-1")),
-            (b"x-request-id", call.request_id.encode()),
-            (b"server-timing", call.server_timing()),
-        ]
-        if stream:
-            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        headers += [(name.encode(), value.encode()) for name, value in call.limit_headers.items()]
-        return headers
+    def _head(self, call: Call, exchange: Exchange, form: bytes) -> bytes:
+        name = exchange.content_type
+        content_type = self._content_types.get(name)
+        if content_type is None:
+            # What an engine says may not end a line.
+            content_type = name.encode("latin-1") if _VALUE.fullmatch(name) else b"application/octet-stream"
+            if len(self._content_types) < 64:
+                self._content_types[name] = content_type
+        return form % (content_type, call.request_id.encode(), call.server_timing(), call.limit_lines)
 
 
 def _most(call: Call) -> int:
@@ -366,7 +371,7 @@ def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
         call.outcome = Outcome.REJECTED
         message, param = _message_in(body)
         if status in (404, 405) and not message:
-            return UnknownRoute(f"This model does not offer {call.path}.")
+            return UnknownRoute(f"This model does not offer {call.endpoint.path}.")
         if status == 404:
             return ModelNotFound(message or "The engine does not know this model.", param=param)
         if status == 413:

@@ -168,7 +168,7 @@ class Ledger:
             usage.prompt,
             usage.completion,
             usage.cached,
-            outcome,
+            str(outcome),  # a driver takes plain text without a detour
             error.code if error is not None else None,
             status,
             request is not None and request.stream,

@@ -1,7 +1,8 @@
 """The statements of one group commit: many calls' rows in a few statements.
 
 SQLite gives Python's lock away at every statement, and getting it back from a busy event loop costs more than the
-statement, so rows travel in multi-row statements: one for a group of the usual size.
+statement. So rows travel in multi-row statements, and on SQLite a group of the usual kind, calls that have ended, is one
+statement in all, which is its own transaction (`schema.ENDED_CALLS`): Python's lock is away until the disk has it.
 """
 
 # ruff: noqa: S608 - only names of our own schema are put into statements; values are always parameters
@@ -10,19 +11,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import Any
 
+import msgspec
+
 from gateway.call import Outcome, Usage, UsageRecord
 from gateway.journal import Held
-from gateway.store.connection import Database, Run
+from gateway.store.connection import Database, Run, Taken
 from gateway.store.schema import HOLD_COLUMNS, TOTAL_COLUMNS, USAGE_COLUMNS
 
 HoldRow = tuple[Any, ...]  # in the order of HOLD_COLUMNS
 EnergyRow = tuple[str, str, float]  # day, key id, joules
 
+_STREAM = USAGE_COLUMNS.index("stream")
 _MOST_ROWS = 64  # of one statement: as many forms of it at most, all of which stay prepared
 
 
@@ -51,6 +55,11 @@ def _insert_usage(rows: int) -> str:
     columns = ", ".join(USAGE_COLUMNS)
     marks = _marks(len(USAGE_COLUMNS), rows)
     return f"INSERT INTO usage_records ({columns}) VALUES {marks} ON CONFLICT (request_id) DO NOTHING"
+
+
+@lru_cache(maxsize=64)
+def _end_calls(rows: int) -> str:
+    return f"INSERT INTO ended_calls ({', '.join(USAGE_COLUMNS)}) VALUES {_marks(len(USAGE_COLUMNS), rows)}"
 
 
 @lru_cache(maxsize=64)
@@ -93,28 +102,9 @@ def hold_row(held: Held, expires_at: float, usage: Usage) -> HoldRow:
 
 
 def usage_row(record: UsageRecord) -> tuple[Any, ...]:
-    """A record in the order of `USAGE_COLUMNS`."""
-    return (
-        record.request_id,
-        record.key_id,
-        record.organisation,
-        record.model,
-        record.endpoint,
-        record.prompt_tokens,
-        record.completion_tokens,
-        record.cached_tokens,
-        record.outcome,
-        record.code,
-        record.status,
-        int(record.stream),
-        record.started_at,
-        record.duration_seconds,
-        record.queue_seconds,
-        record.first_token_seconds,
-        record.trace_id,
-        record.backend,
-        record.day,
-    )
+    """A record in the order of `USAGE_COLUMNS`, which is the order of its fields."""
+    row = msgspec.structs.astuple(record)
+    return (*row[:_STREAM], int(record.stream), *row[_STREAM + 1 :])
 
 
 def totals(records: Iterable[UsageRecord]) -> list[tuple[Any, ...]]:
@@ -159,13 +149,21 @@ def write(database: Database, group: Group) -> int:
     knows whether its commit arrived. Another call with the same request id is recorded under `extended`.
     """
     try:
-        return _write(database, group, careful=False)
-    except _AlreadyThere:
-        return _write(database, group, careful=True)
+        return _end(database, group) if database.sqlite else _write(database, group, careful=False)
+    except Taken:
+        return _write(database, group, careful=True)  # again, looking for that id first
 
 
-class _AlreadyThere(Exception):
-    """An id of the group is taken: the transaction is repeated, looking for it first."""
+def _end(database: Database, group: Group) -> int:
+    """As `_write`, by `schema.ENDED_CALLS`. Raises `Taken` when an id of the group is there already."""
+    records = group.records
+    alone = not (group.holds or group.energy) and len(records) <= _MOST_ROWS
+    with database.group(alone=alone) as run:
+        if not alone:
+            _in_chunks(run, _put_holds, list(group.holds.values()))
+            _in_chunks(run, _add_energy, _energy(group.energy))
+        _in_chunks(run, _end_calls, [usage_row(record) for record in records])
+    return len(records)
 
 
 def _write(database: Database, group: Group, *, careful: bool) -> int:
@@ -180,7 +178,7 @@ def _write(database: Database, group: Group, *, careful: bool) -> int:
             return 0
         fresh = _fresh(run, group.records) if careful else group.records
         if _in_chunks(run, _insert_usage, [usage_row(record) for record in fresh]) != len(fresh):
-            raise _AlreadyThere
+            raise Taken
         _in_chunks(run, _add_totals, totals(fresh))
         return len(fresh)
 
@@ -220,7 +218,7 @@ def _fresh(run: Run, records: Sequence[UsageRecord]) -> list[UsageRecord]:
             name = extended(record)
             if name in known:
                 continue
-            record = replace(record, request_id=name)
+            record = msgspec.structs.replace(record, request_id=name)
         known[record.request_id] = call
         fresh.append(record)
     return fresh

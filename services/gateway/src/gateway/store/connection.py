@@ -21,12 +21,18 @@ from urllib.parse import unquote, urlsplit
 
 import peewee
 
+from gateway.store.schema import ENDED_CALLS
+
 Row = tuple[Any, ...]
 Run = Callable[..., Any]
 
 
 class StoreUnavailable(Exception):
     """The database refuses or cannot be reached; nothing was changed."""
+
+
+class Taken(Exception):
+    """A value that has to be the only one is there already; nothing was changed."""
 
 
 class StoreLocked(Exception):
@@ -80,6 +86,7 @@ class Database:
         self._limited: dict[int, tuple[float, socket.socket]] = {}  # by thread: until when, and what to cut then
         self._cutting = threading.Lock()
         self._texts: dict[str, str] = {}
+        self._formed: Any = None  # the connection that has the writer's own view and trigger
         password = urlsplit(url).password if not self.sqlite and "[" not in url else None
         self._hidden = [] if self.sqlite else [part for part in (url, password, unquote(password or "")) if part]
         self._failures: tuple[type[Exception], ...] = (peewee.PeeweeException, sqlite3.Error, OSError)
@@ -131,15 +138,17 @@ class Database:
             yield
 
     @contextmanager
-    def group(self) -> Iterator[Run]:
+    def group(self, *, alone: bool = False) -> Iterator[Run]:
         """A transaction for the writer: statements run on one cursor, without peewee's work around each of them.
 
-        Yields `run(sql, parameters) -> cursor`; a cursor's rows must be read before the next statement.
+        Yields `run(sql, parameters) -> cursor`; a cursor's rows must be read before the next statement. Raises `Taken`.
+        `alone`: there will be one statement, which SQLite makes a transaction of by itself.
         """
         with self.errors():
             cursor = self._database.cursor()
             execute = cursor.execute
             if self.sqlite:
+                self._make_forms(execute)
                 run = execute
             else:
                 text = self._text
@@ -147,14 +156,27 @@ class Database:
                 def run(sql: str, parameters: Sequence[Any] = ()) -> Any:
                     return execute(text(sql), parameters)
 
-            execute("BEGIN IMMEDIATE" if self.sqlite else "BEGIN")
             try:
+                if not alone:
+                    execute("BEGIN IMMEDIATE" if self.sqlite else "BEGIN")
                 yield run
-                execute("COMMIT")
-            except BaseException:
-                with suppress(*self._failures):
-                    execute("ROLLBACK")
+                if not alone:
+                    execute("COMMIT")
+            except BaseException as error:
+                if not alone:
+                    with suppress(*self._failures):
+                        execute("ROLLBACK")
+                if isinstance(error, sqlite3.IntegrityError):
+                    raise Taken from None
                 raise
+
+    def _make_forms(self, execute: Run) -> None:
+        """Give a new connection what `schema.ENDED_CALLS` describes."""
+        connection = self._database.connection()
+        if connection is not self._formed:
+            for statement in ENDED_CALLS:
+                execute(statement)
+            self._formed = connection
 
     def durable(self, wanted: bool) -> None:
         """Whether the next transactions of this thread wait for the disk. Called outside a transaction.
@@ -180,6 +202,7 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection; a broken one is dropped."""
+        self._formed = None
         try:
             with self.errors():
                 while self._database.transaction_depth():

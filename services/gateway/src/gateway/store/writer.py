@@ -11,11 +11,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import msgspec
 from loguru import logger
 
 from gateway.call import Outcome, UsageRecord
@@ -316,7 +316,7 @@ def _broken_off(record: UsageRecord) -> UsageRecord:
     """The record of an answer whose end its caller did not get, because it could not be recorded in time."""
     if record.outcome != Outcome.OK:
         return record
-    return replace(record, outcome=Outcome.FAILED, code=LedgerUnavailable.code, status=LedgerUnavailable.status)
+    return msgspec.structs.replace(record, outcome=Outcome.FAILED, code=LedgerUnavailable.code, status=LedgerUnavailable.status)
 
 
 def _resolve(answers: list[Answer]) -> None:
