@@ -244,7 +244,9 @@ def test_alerts_of_one_kind_come_in_one_message(alertmanager: str, receiver: Rec
 @needs_alertmanager
 def test_the_heartbeat_goes_on_and_only_to_its_own_address(alertmanager: str, receiver: Receiver) -> None:
     post(alertmanager, {"alertname": "Watchdog", "severity": "heartbeat", "component": "prometheus"}, DISK)
-    wait_until("it is heard again and again", lambda: [m["receiver"] for m in receiver.messages].count("heartbeat") >= 3)
+    wait_until(
+        "it is heard again and again", lambda: [m["receiver"] for m in receiver.messages].count("heartbeat") >= 3
+    )
     wait_until("an alert for people", lambda: receiver.told("DiskNearlyFull", "firing"))
     for message in receiver.messages:
         names = {alert["labels"]["alertname"] for alert in message["alerts"]}
