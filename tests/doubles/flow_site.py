@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.doubles.gateway import KEY, GatewayProcess
-from tests.doubles.vllm import VllmDouble
-from tests.doubles.waiting import PATIENCE, wait_until
+from tests.doubles.vllm import VllmDouble, wait_until
 
 PATHS = {
     "chat": "/v1/chat/completions",
@@ -57,7 +56,7 @@ class Wire:
         self.plain = self.socket
         if trust is not None:
             self.socket = trust.wrap_socket(self.socket, server_hostname="edge.test")
-        self.socket.settimeout(PATIENCE)
+        self.socket.settimeout(60)
         self.socket.sendall(head.encode() + b"\r\n" + payload)
         self.received = b""
 
@@ -105,7 +104,7 @@ def body_of(raw: bytes) -> tuple[int, bytes, bool]:
     return status, body, False
 
 
-def ledger(gateway: GatewayProcess, request_id: str, seconds: float = PATIENCE) -> dict[str, Any]:
+def ledger(gateway: GatewayProcess, request_id: str, seconds: float = 60.0) -> dict[str, Any]:
     """The one row of a call in the ledger; waits for it."""
     rows = wait_until(
         f"a ledger row of {request_id}",
@@ -119,7 +118,7 @@ def ledger(gateway: GatewayProcess, request_id: str, seconds: float = PATIENCE) 
 def query(gateway: GatewayProcess, sql: str, *values: Any) -> list[dict[str, Any]]:
     """Rows from the gateway's SQLite file, read beside it."""
     path = gateway.environment["DATABASE_URL"].removeprefix("sqlite:///")
-    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=PATIENCE)) as database:
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as database:
         database.row_factory = sqlite3.Row
         return [dict(row) for row in database.execute(sql, values)]
 
@@ -130,7 +129,7 @@ def metric(gateway: GatewayProcess, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 
 
-def at_rest(gateway: GatewayProcess, engine: VllmDouble, seconds: float = PATIENCE) -> None:
+def at_rest(gateway: GatewayProcess, engine: VllmDouble, seconds: float = 1.0) -> None:
     """Nothing runs, waits or is held, within `seconds`."""
 
     def resting() -> bool:
