@@ -209,7 +209,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_backup_before_stays(state: Path
     # No file may grow beyond 512 blocks: to a program that is a disk without room.
     command = f"trap '' XFSZ; ulimit -f 512; exec {REPOSITORY / 'scripts/backup'}"
     environment = {**os.environ, "MODE": "local", "APPLIANCE_STATE": str(state), "TO": str(target)}
-    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=240)
 
     assert done.returncode == 1
     assert done.stdout.startswith(f"error: {target} cannot be written: ")
@@ -250,7 +250,7 @@ def test_a_site_without_git_backs_up_and_knows_its_version(state: Path, tmp_path
     version = subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
     environment = {**os.environ, "MODE": "local", "APPLIANCE_STATE": str(state), "TO": str(tmp_path / "backup.tar")}
 
-    done = subprocess.run([site / "scripts/backup"], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([site / "scripts/backup"], env=environment, capture_output=True, text=True, timeout=240)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"of version {version}" in done.stdout

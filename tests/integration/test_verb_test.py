@@ -42,7 +42,7 @@ def verb(folder: Path, *ones: str) -> subprocess.CompletedProcess[str]:
         env={"PATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         check=False,
     )
 
