@@ -76,7 +76,7 @@ async def load(
             first = chance.randint(prefill[0] - spread, prefill[0] + spread)
             told: float | None = 0.0
             while told is not None:
-                await asyncio.sleep(told)
+                await later(told)
                 request_id = f"load-{next(_numbers)}"
                 done.key[request_id], done.tokens[request_id] = key, 5 * mean + tokens
                 directive = f"tokens={tokens},prefill_ms={first},pace_ms=40"
@@ -87,7 +87,7 @@ async def load(
     try:
         async with asyncio.timeout(60):
             while all_wait and await asyncio.to_thread(waiting_keys, gateway) < len({key for key, *_ in crowds}):
-                await asyncio.sleep(0.1)
+                await later(0.1)
         done.began = time.time()
         finished, _ = await asyncio.wait(callers, timeout=seconds)
         done.ended = time.time()
