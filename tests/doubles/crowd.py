@@ -38,15 +38,14 @@ class Crowd:
         self.session = session
         self.calls: list[Seen] = []
 
-    async def call(self, key: str, directive: str, words: int = 10, **fields: Any) -> Seen:
+    async def call(self, key: str, directive: str, words: int = 10, request_id: str = "", **fields: Any) -> Seen:
         """One streamed chat; never raises for what the service does."""
         text = f"double:{directive} " + "word " * words
         body = {"model": "double", "stream": True, "messages": [{"role": "user", "content": text}], **fields}
         seen = Seen(key)
+        headers = {"authorization": f"Bearer {key}", **({"x-request-id": request_id} if request_id else {})}
         try:
-            async with self.session.post(
-                f"{self.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"}
-            ) as answer:
+            async with self.session.post(f"{self.url}/v1/chat/completions", json=body, headers=headers) as answer:
                 seen.status = answer.status
                 seen.request_id = answer.headers.get("x-request-id", "")
                 if "retry-after" in answer.headers:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.doubles.gateway import KEY, GatewayProcess
+from tests.doubles.machine import patience
 from tests.doubles.vllm import VllmDouble, wait_until
 
 PATHS = {
@@ -130,14 +131,14 @@ def metric(gateway: GatewayProcess, name: str) -> float:
 
 
 def at_rest(gateway: GatewayProcess, engine: VllmDouble, seconds: float = 1.0) -> None:
-    """Nothing runs, waits or is held, within `seconds`."""
+    """Nothing runs, waits or is held, within `seconds` (more on a busy machine)."""
 
     def resting() -> bool:
         state = engine.state()
         held = query(gateway, "SELECT request_id FROM holds")
         return not state["running"] and not state["waiting"] and not held
 
-    wait_until("engine and holds are empty", resting, seconds)
+    wait_until("engine and holds are empty", resting, patience(seconds))
     assert metric(gateway, "gateway_in_flight_calls") == 0
     assert metric(gateway, "gateway_holds") == 0
     assert metric(gateway, "gateway_queue_calls") == 0

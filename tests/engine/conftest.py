@@ -64,5 +64,5 @@ def real(folder: Path, built: dict[str, str], **environment: str) -> RealEngine:
 def engine(built: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
     """A running, ready engine that nobody harms."""
     # Short steps: between two of them the engine looks at who has left, and on this CPU 2,048 tokens take many seconds.
-    with real(tmp_path_factory.mktemp("engine"), built, MAX_NUM_BATCHED_TOKENS="256") as running:
+    with real(tmp_path_factory.mktemp("engine"), built, MAX_NUM_BATCHED_TOKENS="64") as running:
         yield running.ready()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 
@@ -110,6 +112,30 @@ def test_connect_and_drop_leaves_descriptors_threads_and_memory_where_they_were(
     more = memory(gateway) - before[2]
     print(f"{count} that connected and dropped: {process.num_fds() - before[0]:+d} descriptors, {more:+.1f} MB")
     assert more < 8, "megabytes"
+
+
+def test_a_place_in_the_engine_is_free_while_a_record_is_being_written(engine: VllmDouble) -> None:
+    """The first call's engine is done and its record waits for the database: the next call goes to the engine."""
+    with GatewayProcess(VLLM_URL=engine.url, ENGINE_CONCURRENCY=1) as gateway:
+        gateway.chat()
+        path = gateway.environment["DATABASE_URL"].removeprefix("sqlite:///")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+            first = Wire(gateway.port, PATHS["chat"], asking("chat", "tokens=50,pace_ms=20", stream=True))
+            first.read_until(b"jumps")
+            second = Wire(gateway.port, PATHS["chat"], asking("chat", "tokens=50", stream=True))
+            with first, second:
+                wait_until("the second waits", lambda: len(gateway.admin("GET", "/admin/queue").json["data"]) == 1)
+                database.execute("BEGIN IMMEDIATE")
+                second.read_until(b"jumps")
+                first.socket.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while part := first.socket.recv(65536):
+                        first.received += part
+                database.execute("ROLLBACK")
+                assert b"[DONE]" not in first.received, "its record is not written yet"
+                first.socket.settimeout(20)
+                first.read_until(b"[DONE]")
+                second.read_until(b"[DONE]")
 
 
 # Random bodies, near to real ones

@@ -13,6 +13,7 @@ import pytest
 from tests.doubles.edge_running import NGINX
 from tests.doubles.flow_site import PATHS, Wire, asking, at_rest, body_of, edge_before, ledger, metric
 from tests.doubles.gateway import GatewayProcess
+from tests.doubles.machine import patience
 from tests.doubles.vllm import VllmDouble, wait_until
 from tests.doubles.vllm_directive import SECRET
 
@@ -182,12 +183,12 @@ def test_a_killed_engine_ends_every_stream_and_comes_back(tmp_path: Any) -> None
         for what, call, n in calls:
             check_broken(what, call.read_all(), ledger(gateway, f"killed-{n}"))
             call.close()
-        wait_until("the gateway is not ready", lambda: gateway.get("/ready").status == 503, 5.0)
+        wait_until("the gateway is not ready", lambda: gateway.get("/ready").status == 503, patience(5.0))
         refused = gateway.chat()
         assert (refused.status, refused.code) == (503, "no_backend")
         assert int(refused.headers["retry-after"]) >= 1
         engine.start()
-        wait_until("the gateway is ready again", lambda: gateway.get("/ready").status == 200, 10.0)
+        wait_until("the gateway is ready again", lambda: gateway.get("/ready").status == 200, patience(10.0))
         assert gateway.chat().status == 200
 
 
@@ -210,13 +211,13 @@ def test_a_stopped_engine_is_given_up_and_its_breaker_opens(tmp_path: Any) -> No
             assert b'"upstream_timeout"' in raw
             assert b"[DONE]" not in raw
             call.close()
-        assert time.monotonic() - stopped < 3.0
+        assert time.monotonic() - stopped < patience(3.0)
         assert metric(gateway, "gateway_breaker_state") == 2
         assert gateway.get("/ready").status == 503
         assert gateway.chat().status == 503
 
         engine.signal(signal.SIGCONT)
-        wait_until("a probe closes the breaker", lambda: gateway.chat().status == 200, 10.0)
+        wait_until("a probe closes the breaker", lambda: gateway.chat().status == 200, patience(10.0))
         assert metric(gateway, "gateway_breaker_state") == 0
 
 

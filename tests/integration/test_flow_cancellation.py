@@ -13,6 +13,7 @@ from tests.doubles.edge_running import NGINX
 from tests.doubles.flow_patient import Patient
 from tests.doubles.flow_site import PATHS, Wire, asking, at_rest, edge_before, ledger
 from tests.doubles.gateway import KEY, GatewayProcess
+from tests.doubles.machine import patience
 from tests.doubles.vllm import VllmDouble, wait_until
 
 PLACES = 2
@@ -86,14 +87,14 @@ def queue(gateway: GatewayProcess) -> list[dict[str, Any]]:
 
 
 def check(engine: VllmDouble, gateway: GatewayProcess, phase: str, request_id: str, left: float) -> None:
-    """Within a second of `left` the work has ended, and everything is given back and recorded."""
+    """Within a second of `left` (more on a busy machine) the work has ended, and everything is given back and recorded."""
     state = PHASES[phase][3]
     if state is None:
-        wait_until("the call waits no more", lambda: not queue(gateway), 1.0)
+        wait_until("the call waits no more", lambda: not queue(gateway), patience(1.0))
         assert record(engine, request_id) == {}, "the engine never heard of it"
     else:
-        ended = wait_until("the engine's request ended", lambda: record(engine, request_id)["ended_at"], 1.0)
-        assert ended - left < 1.0
+        ended = wait_until("the engine's request ended", lambda: record(engine, request_id)["ended_at"], patience(1.0))
+        assert ended - left < patience(1.0)
         assert record(engine, request_id)["state"] == "cancelled"
     row = ledger(gateway, request_id)
     made = record(engine, request_id).get("completion_tokens", 0)
@@ -157,8 +158,8 @@ def test_the_official_clients_own_timeout_ends_the_work(engine: VllmDouble, gate
             list(client.chat.completions.create(**body, extra_headers={"x-request-id": "own-timeout"}))
 
     left = time.time()
-    ended = wait_until("the engine's request ended", lambda: record(engine, "own-timeout")["ended_at"], 1.0)
-    assert ended - left < 1.0
+    ended = wait_until("the engine's request ended", lambda: record(engine, "own-timeout")["ended_at"], patience(1.0))
+    assert ended - left < patience(1.0)
     assert ledger(gateway, "own-timeout")["outcome"] == "cancelled"
     at_rest(gateway, engine)
 

@@ -12,6 +12,7 @@ from typing import Any
 from tests.doubles.crowd import Crowd, Seen, crowd
 from tests.doubles.flow_site import PATHS, Wire, asking, body_of, ledger, query
 from tests.doubles.gateway import KEY, GatewayProcess
+from tests.doubles.machine import patience
 from tests.doubles.vllm import VllmDouble, wait_until
 
 
@@ -80,7 +81,7 @@ def test_what_outlasts_the_drain_ends_with_an_error_and_is_settled() -> None:
         whole.close()
         assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down")
         assert query(gateway, "SELECT * FROM holds") == []
-        wait_until("the engine is free", lambda: engine.state()["running"] == 0, 1.0)
+        wait_until("the engine is free", lambda: engine.state()["running"] == 0, patience(1.0))
 
 
 def test_two_signals_stop_once() -> None:

@@ -1,10 +1,19 @@
-"""One key with 200 open calls beside five light ones, through the real gateway; and whether Retry-After is true."""
+"""One key with 200 open calls beside five light ones, through the real gateway; and whether Retry-After is true.
+
+What is judged is what the gateway decides, by its own clock (the ledger): who got a place, after how long a wait, and
+whether places lay idle meanwhile. A busy machine makes all calls slower and no difference in these. The long forms
+compare times as callers see them as well.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import statistics
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 from tests.doubles.crowd import Crowd, Seen, crowd, jain, percentile
@@ -15,10 +24,8 @@ from tests.doubles.vllm import VllmDouble
 HEAVY = "sk-heavy-0123456789"
 LIGHT = [f"sk-light-{n}-0123456789" for n in range(5)]
 KEYS = ",".join([f"heavy={HEAVY}", *(f"light{n}={key}" for n, key in enumerate(LIGHT))])
-# The engine takes 400 ms to the first token and 40 ms to each other: little work for a small machine, long waits.
-# Sizes vary, so that places become free one by one and not in waves.
-FIRST_SECONDS, TOKEN_SECONDS = 0.4, 0.04
-WARM_UP_SECONDS = 1.5
+PLACES = 32
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -29,105 +36,199 @@ def engine() -> Iterator[VllmDouble]:
 
 @pytest.fixture
 def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
-    # Waits of two minutes are allowed, so that also on a busy machine nobody is refused: it is about who goes next.
     with GatewayProcess(
-        VLLM_URL=engine.url, GATEWAY_API_KEYS=KEYS, ENGINE_CONCURRENCY=32, QUEUE_CALLS=512, QUEUE_SECONDS=120
+        VLLM_URL=engine.url, GATEWAY_API_KEYS=KEYS, ENGINE_CONCURRENCY=PLACES, QUEUE_CALLS=512
     ) as running:
         yield running
 
 
+@dataclass
+class Load:
+    """What callers asked for, and when all of them were there (Unix seconds)."""
+
+    key: dict[str, str]  # of each request id
+    tokens: dict[str, int]
+    began: float = 0.0
+    ended: float = 0.0
+
+
 async def load(
-    people: Crowd, seconds: float, crowds: list[tuple[str, int, int]], prefill: tuple[int, int] = (400, 0)
-) -> None:
-    """`crowds`: (key, open calls, mean tokens), all the time. `prefill`: milliseconds, and how much more or less that
-    is for a call of the heavy key."""
-    until = asyncio.get_running_loop().time() + seconds
+    gateway: GatewayProcess,
+    people: Crowd,
+    seconds: float,
+    crowds: list[tuple[str, int, int]],
+    prefill: tuple[int, int] = (400, 0),
+    all_wait: bool = True,
+) -> Load:
+    """`crowds`: (key, open calls, mean tokens), all the time, for `seconds` from when calls of each of them wait.
+
+    `prefill`: milliseconds, and how much more or less that is for a call of the heavy key. The engine then takes 40 ms
+    to each token: little work for a small machine, long waits. Sizes vary, so that places become free one by one and
+    not in waves. Who is refused comes back when told.
+    """
+    done = Load({}, {})
     chance = random.Random(3)
 
     async def caller(key: str, mean: int) -> None:
-        while asyncio.get_running_loop().time() < until:
+        while True:
             tokens = chance.randint(2, 2 * mean - 2)
             spread = prefill[1] if key == HEAVY else 0
             first = chance.randint(prefill[0] - spread, prefill[0] + spread)
-            await people.call(key, f"tokens={tokens},prefill_ms={first},pace_ms=40", words=5 * mean, max_tokens=tokens)
+            told: float | None = 0.0
+            while told is not None:
+                await later(told)
+                request_id = f"load-{next(_numbers)}"
+                done.key[request_id], done.tokens[request_id] = key, 5 * mean + tokens
+                directive = f"tokens={tokens},prefill_ms={first},pace_ms=40"
+                seen = await people.call(key, directive, 5 * mean, request_id, max_tokens=tokens)
+                told = seen.retry_after if seen.status == 429 else None
 
     callers = [asyncio.create_task(caller(key, mean)) for key, count, mean in crowds for _ in range(count)]
-    _, late = await asyncio.wait(callers, timeout=seconds)
-    for task in late:
-        task.cancel()  # everybody goes home
-    failed = await asyncio.gather(*callers, return_exceptions=True)
-    assert not [error for error in failed if error is not None and not isinstance(error, asyncio.CancelledError)]
+    try:
+        async with asyncio.timeout(60):
+            while all_wait and await asyncio.to_thread(waiting_keys, gateway) < len({key for key, *_ in crowds}):
+                await later(0.1)
+        done.began = time.time()
+        finished, _ = await asyncio.wait(callers, timeout=seconds)
+        done.ended = time.time()
+    finally:
+        for task in callers:
+            task.cancel()  # everybody goes home
+        ends = await asyncio.gather(*callers, return_exceptions=True)
+    assert not finished, ends
+    return done
 
 
-def in_the_middle(people: Crowd, seconds: float) -> list[Seen]:
-    """Whole calls that ended while everybody was there: after the warm-up, and before the crowd goes home."""
-    began = min(seen.began for seen in people.calls)
-    return [s for s in people.calls if s.whole and WARM_UP_SECONDS < s.ended - began < seconds]
+def waiting_keys(gateway: GatewayProcess) -> int:
+    """How many keys have calls in the waiting room."""
+    return len({entry["key_id"] for entry in gateway.admin("GET", "/admin/queue").json["data"]})
+
+
+class Places:
+    """Who waited and who had a place when, by the gateway's own record of a load."""
+
+    def __init__(self, gateway: GatewayProcess, load: Load) -> None:
+        rows = query(
+            gateway, "SELECT request_id, started_at, queue_seconds, duration_seconds, backend FROM usage_records"
+        )
+        self.load = load
+        self.waited: list[tuple[float, float]] = []
+        self.held: list[tuple[float, float]] = []
+        self.granted: dict[str, float] = {}
+        for row in rows:
+            if row["request_id"] not in load.key:
+                continue
+            came, left = row["started_at"], row["started_at"] + row["duration_seconds"]
+            granted = came + row["queue_seconds"] if row["backend"] is not None else left
+            self.waited.append((came, granted))
+            if granted < left:
+                self.held.append((granted, left))
+                self.granted[row["request_id"]] = granted
+
+    def shares(self) -> dict[str, float]:
+        """Tokens that calls of each key asked for that got a place while all waited."""
+        found = dict.fromkeys(sorted(set(self.load.key.values())), 0.0)
+        for request_id, granted in self.granted.items():
+            if self.load.began <= granted <= self.load.ended:
+                found[self.load.key[request_id]] += self.load.tokens[request_id]
+        return found
+
+    def used(self) -> float:
+        """The share of all places that was taken while somebody waited."""
+        moments = [(when, 0, change) for held in self.held for when, change in zip(held, (1, -1), strict=True)]
+        moments += [(when, change, 0) for wait in self.waited for when, change in zip(wait, (1, -1), strict=True)]
+        taken = crowded = 0.0
+        waiting = held = 0
+        last = 0.0
+        for when, wait, hold in sorted(moments):
+            passed = max(0.0, min(when, self.load.ended) - max(last, self.load.began))
+            if waiting:
+                crowded += passed
+                taken += passed * min(held, PLACES)
+            waiting, held, last = waiting + wait, held + hold, when
+        assert crowded > 0.9 * (self.load.ended - self.load.began), "somebody waits all the time"
+        return taken / crowded / PLACES
 
 
 @pytest.mark.parametrize("seconds", [8.0, pytest.param(60.0, marks=pytest.mark.long)])
 async def test_light_keys_hardly_notice_200_open_calls_of_another(gateway: GatewayProcess, seconds: float) -> None:
-    """Seconds to the first token as the callers see them, through HTTP, alone and beside the heavy key."""
+    """Seconds to the first token as the callers see them, through HTTP, beside the heavy key and without waiting for it:
+    in the short form the same calls less what they waited in the room, in the long one the light keys alone."""
     light = [(key, 1, 4) for key in LIGHT]
     # A slow engine: what this machine needs for 205 open connections is little against its 800 ms. The heavy key's
     # calls differ in length as callers' do, or all places would become free at once and in between none.
     slow = (800, 600)
     async with crowd(gateway.url) as people:
-        await load(people, seconds / 2, light, slow)
-        solo = percentile([s.first_token for s in people.calls if s.first_token], 0.95)
+        await load(gateway, people, seconds / 2, light, slow, all_wait=False)
+        solo = [s.first_token for s in people.calls if s.first_token]
     async with crowd(gateway.url) as people:
-        await load(people, seconds, [(HEAVY, 200, 8), *light], slow)
-        began = min(s.began for s in people.calls)
-        middle = in_the_middle(people, seconds)
-        seen = [s for s in middle if s.key != HEAVY and s.began - began > WARM_UP_SECONDS]
-        errors = [s for key in LIGHT for s in people.of(key) if s.status != 200 or not s.whole]
+        beside = await load(gateway, people, seconds, [(HEAVY, 200, 8), *light], slow)
+    waits = {
+        row["request_id"]: row["queue_seconds"]
+        for row in query(gateway, "SELECT request_id, queue_seconds FROM usage_records")
+    }
+    seen = [s for s in people.calls if s.key != HEAVY and s.first_token and began(s) > beside.began]
+    heavy = [s for s in people.of(HEAVY) if s.whole and began(s) - s.began + s.ended > beside.began]
 
-    assert errors == []
-    assert len(seen) > 2 * seconds
-    assert len(middle) > 2 * len(seen), "the engine was full of the heavy key's calls"
-    beside = percentile([s.first_token for s in seen if s.first_token], 0.95)
-    waits = ledger_column(gateway, "queue_seconds")
-    waited = percentile([waits[s.request_id] for s in seen], 0.95)
+    assert [s for key in LIGHT for s in people.of(key) if s.status != 200 or not s.whole] == []
+    assert len(seen) > 10
+    assert len(heavy) > len(seen), "the engine was full of the heavy key's calls"
+    first = percentile([s.first_token for s in seen if s.first_token], 0.95)
+    unhindered = percentile([s.first_token - waits[s.request_id] for s in seen if s.first_token], 0.95)
+    alone = percentile(solo, 0.95)
     print(
-        f"p95 of the first token: {solo:.3f} s alone, {beside:.3f} s beside ({beside / solo:.2f}), {waited:.3f} waited"
+        f"p95 of the first token: {first:.3f} s, {unhindered:.3f} s less the wait ({first / unhindered:.2f}); ", end=""
     )
-    assert beside <= 1.5 * solo, (solo, beside, waited)
+    print(f"{alone:.3f} s alone ({first / alone:.2f})")
+    assert first <= 1.5 * unhindered
+    if seconds > 8.0:
+        assert first <= 1.5 * alone
 
 
-@pytest.mark.parametrize("seconds", [7.0, pytest.param(40.0, marks=pytest.mark.long)])
+def began(seen: Seen) -> float:
+    """Unix seconds at which a call was sent."""
+    return time.time() - time.monotonic() + seen.began
+
+
+@pytest.mark.parametrize("seconds", [6.0, pytest.param(40.0, marks=pytest.mark.long)])
 async def test_served_tokens_are_shared_equally_and_nothing_is_wasted(
     gateway: GatewayProcess, engine: VllmDouble, seconds: float
 ) -> None:
+    """While somebody waits at least 95 % of all places are taken: more than all of them first come, first served cannot
+    use either."""
     # Every key can use more than its share: 32 places for 200 + 5 x 20 callers.
-    people_of = [(HEAVY, 200, 8), *((key, 20, 4) for key in LIGHT)]
     async with crowd(gateway.url) as people:
-        await load(people, 2.5, [(HEAVY, 10, 8), *((key, 4, 4) for key in LIGHT)])  # it learns what calls cost
+        few = [(HEAVY, 10, 8), *((key, 4, 4) for key in LIGHT)]
+        await load(gateway, people, 2.0, few, all_wait=False)  # it learns what calls cost
     async with crowd(gateway.url) as people:
-        await load(people, seconds, people_of)
-    at_rest(gateway, engine, seconds=3.0)
-    async with crowd(gateway.url) as everyone:
-        # First come, first served is what calls of one single key get: the same callers, all with one key.
-        await load(everyone, seconds, [(HEAVY, count, mean) for _, count, mean in people_of])
+        all_day = await load(gateway, people, seconds, [(HEAVY, 200, 8), *((key, 20, 4) for key in LIGHT)])
+    at_rest(gateway, engine, seconds=10.0)
 
-    tokens = ledger_column(gateway, "prompt_tokens + completion_tokens")
-    shares: dict[str, float] = dict.fromkeys([HEAVY, *LIGHT], 0.0)
-    for call in in_the_middle(people, seconds):
-        shares[call.key] += tokens[call.request_id]
-    fair, fifo = used(people, seconds), used(everyone, seconds)
-    print(f"Jain's index {jain(list(shares.values())):.4f}; places used {fair / fifo:.3f} of first come, first served")
+    places = Places(gateway, all_day)
+    shares, used = places.shares(), places.used()
+    print(f"Jain's index {jain(list(shares.values())):.4f}; places taken while somebody waited: {used:.4f}")
     assert jain(list(shares.values())) >= 0.95, shares
-    assert fair >= 0.95 * fifo
+    assert used >= 0.95
 
 
-def ledger_column(gateway: GatewayProcess, column: str) -> dict[str, float]:
-    """A column of the ledger by request id."""
-    rows = query(gateway, f"SELECT request_id, {column} AS value FROM usage_records")
-    return {row["request_id"]: row["value"] for row in rows}
-
-
-def used(people: Crowd, seconds: float) -> float:
-    """Seconds of places that were used."""
-    return sum(FIRST_SECONDS + TOKEN_SECONDS * (s.events - 3) for s in in_the_middle(people, seconds))
+@pytest.mark.long
+async def test_fairness_costs_no_throughput(gateway: GatewayProcess, engine: VllmDouble) -> None:
+    """Calls that end a second beside first come, first served, which is what calls of one single key get. All calls are
+    alike, because each costs this machine the same; both kinds take turns, because what else it does comes and goes."""
+    ratios = []
+    for _ in range(5):
+        ended = []
+        for keys in ([HEAVY, *LIGHT], [HEAVY] * 6):
+            counts = (100, *(20,) * 5)
+            async with crowd(gateway.url) as people:
+                load_of = [(key, count, 6) for key, count in zip(keys, counts, strict=True)]
+                span = await load(gateway, people, 8.0, load_of)
+                whole = [s for s in people.calls if s.whole and span.began < began(s) - s.began + s.ended < span.ended]
+                ended.append(len(whole) / (span.ended - span.began))
+            at_rest(gateway, engine, seconds=10.0)
+        ratios.append(ended[0] / ended[1])
+    print("calls a second, fairly to first come, first served:", *(f"{ratio:.3f}" for ratio in ratios))
+    assert statistics.median(ratios) >= 0.95
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["own requests", "one request from all"])

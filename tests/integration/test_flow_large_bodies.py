@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from tests.doubles.flow_site import PATHS, Wire, asking, ledger
 from tests.doubles.gateway import KEY, GatewayProcess
+from tests.doubles.machine import patience
 from tests.doubles.vllm import VllmDouble
 
 MEGABYTE = 1024 * 1024
@@ -107,14 +107,6 @@ def longest_pause(gateway: GatewayProcess, bodies: tuple[str, str, Path] | None)
     return max(later - earlier for earlier, later in itertools.pairwise(arrivals))
 
 
-def allowed() -> float:
-    """Seconds that may be added: 20 ms where a process that can run does run; more where it waits for its processor.
-
-    That no step of the gateway takes longer, whatever the machine does, is proven in processor time (test_large_body).
-    """
-    return ADDED_SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
 def send(gateway: GatewayProcess, path: str, content_type: str, file: Path) -> subprocess.Popen[bytes]:
     """Send the file several times from another process, which gives way to all others; it ends with 0 if all was well."""
     program = (
@@ -132,20 +124,21 @@ def send(gateway: GatewayProcess, path: str, content_type: str, file: Path) -> s
 @pytest.mark.parametrize("kind", ["images", "images of PHP", "sound"])
 def test_bodies_of_20_mb_hold_up_no_stream(gateway: tuple[GatewayProcess, Sink], tmp_path: Path, kind: str) -> None:
     """Rounds with and without them take turns. What the gateway adds it adds every time; what the machine adds comes
-    and goes, so the best round of each kind is compared."""
+    and goes, so the best round of each kind is compared. That no step of the gateway takes longer, whatever the machine
+    does, is proven in processor time (test_large_body)."""
     running, sink = gateway
     body = large(kind, tmp_path)
     quiet, disturbed = [], []
     for _ in range(ROUNDS):
         quiet.append(longest_pause(running, None))
         disturbed.append(longest_pause(running, body))
-        if min(disturbed) - min(quiet) < allowed() and len(quiet) >= 2:
+        if min(disturbed) - min(quiet) < patience(ADDED_SECONDS) and len(quiet) >= 2:
             break
     told = [f"{seconds * 1000:.1f}" for seconds in (min(quiet), min(disturbed))]
     print(f"{kind}: longest pause {told[0]} ms without, {told[1]} ms with them; {len(quiet)} rounds")
 
     assert sink.longest >= 0.99 * BODY_BYTES
-    assert min(disturbed) - min(quiet) < allowed(), (quiet, disturbed)
+    assert min(disturbed) - min(quiet) < patience(ADDED_SECONDS), (quiet, disturbed)
 
 
 def test_a_large_body_reaches_the_engine_as_it_was_sent(tmp_path: Path) -> None:

@@ -103,9 +103,9 @@ class Gateway:
     async def _finish(self, call: Call) -> None:
         """Everything about a whole answer that must be done before its last bytes leave."""
         call.enter("ledger")
+        self.capacity.leave(call)  # the engine is done with it, and need not wait for the database
         await self.ledger.settle(call)
         self.budget.release(call)
-        self.capacity.leave(call)
         call.enter("forward")
 
     def blueprints(self) -> list[Blueprint]:
