@@ -358,6 +358,11 @@ class Connection(asyncio.Protocol):
 
     # Flow
 
+    def finish(self) -> None:
+        """The last byte of the last answer is written: say so at once, and drop what still comes."""
+        if not self._ending:
+            self._linger()
+
     def write(self, data: bytes) -> None:
         """Write bytes of a response."""
         self._transport.write(data)
