@@ -156,6 +156,11 @@ async def route(path: str, scope: Any, receive: Any, send: Any) -> None:
         if exchange is not None:
             exchange.close_after()
         await answer(send, 200, b"{}", *(() if exchange else ((b"connection", b"close"),)))
+    elif path == "/last-of-all":  # ends the connection after a head that does not say so, and returns after /release
+        await send(start)
+        scope["extensions"]["gateway.exchange"].close_after()
+        await send({"type": "http.response.body", "body": b"last"})
+        await release.wait()
     elif path == "/inject":
         value = parse_qs(scope["query_string"].decode("latin-1"), encoding="latin-1")
         name = value.get("name", ["x-a"])[0].encode("latin-1")

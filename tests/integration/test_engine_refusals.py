@@ -123,6 +123,7 @@ def test_a_model_that_nobody_has_is_failed_soon_and_says_so(tmp_path: Path) -> N
         (("--gpu-memory", "80"), {"TP_SIZE": "2"}, 0, "yes: "),
         ((), {}, 2, "no GPU answers nvidia-smi; say their memory with --gpu-memory GIB"),
         (("--gpu-memory", "24"), {"QUANTIZATION": "awqq"}, 2, "did you mean awq?"),
+        (("--gpu-memory", "-24"), {}, 2, "--gpu-memory: must be GiB above 0"),
     ],
 )
 def test_fit_says_what_to_change(
@@ -133,3 +134,36 @@ def test_fit_says_what_to_change(
     got, lines = run(tmp_path, "fit", place, *words, **{"ENGINE_DEVICE": "gpu", **environment})
     assert got == code
     assert said in lines[-1]
+
+
+def test_fit_estimates_the_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    place = model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+
+    code, lines = run(tmp_path, "fit", place, "--gpu-memory", "80", ENGINE_DEVICE="gpu", TP_SIZE="2")
+
+    assert code == 0
+    (checkpoint,) = (line for line in lines if line.startswith("checkpoint "))
+    assert not checkpoint.startswith("checkpoint 0.0 GiB")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "there is no such folder with a config.json in it"),
+        ("[]", "its config.json is no JSON object"),
+        ('{"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": "many"}',
+         "its config.json has a value that cannot be used"),
+    ],
+)  # fmt: skip
+def test_fit_of_what_is_no_model_is_one_line(tmp_path: Path, config: str | None, said: str) -> None:
+    folder = tmp_path / "model"
+    if config is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+
+    code, lines = run(tmp_path, "fit", str(folder), "--gpu-memory", "24")
+
+    assert code == 2
+    assert len(lines) == 1
+    assert said in lines[0]

@@ -29,6 +29,9 @@ class Engine(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         usage = {"prompt_tokens": 3, "completion_tokens": CHUNKS, "total_tokens": 3 + CHUNKS}
+        if self.manner.get("page"):
+            self._say_page()
+            return
         if not body.get("stream"):
             self._say({"choices": [{"index": 0, "message": {"content": "Paris"}}], "usage": usage})
             return
@@ -48,6 +51,12 @@ class Engine(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
+
+    def _say_page(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html>Welcome</html>")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +98,7 @@ def test_what_it_generates_is_relayed_and_counted(gateway: GatewayProcess, blank
 
 
 def test_a_json_answer_is_counted(gateway: GatewayProcess):
+    Engine.manner = {}
     key = new_key(gateway)
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -106,3 +116,24 @@ def test_it_cannot_spend_more_than_the_day_allows(gateway: GatewayProcess):
     assert done == "[DONE]"
     assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
     assert len(events) - 1 == gateway.get("/v1/usage", key=key).json["used_tokens"] <= 300
+
+
+def test_nor_with_an_answer_in_one_piece(gateway: GatewayProcess):
+    Engine.manner = {}
+    key = new_key(gateway, daily_tokens=300)
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+    assert gateway.post("/v1/chat/completions", body, key=key).status == 200
+    assert 0 < gateway.get("/v1/usage", key=key).json["used_tokens"] <= 300
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_page_is_no_answer(gateway: GatewayProcess, stream: bool):
+    """What a wrong address or a proxy in between says with status 200."""
+    Engine.manner = {"page": True}
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+
+    answer = gateway.post("/v1/chat/completions", body)
+
+    assert (answer.status, answer.code) == (502, "upstream_error")
+    assert b"Welcome" not in answer.body

@@ -117,6 +117,13 @@ def test_everything_else_is_not_here(gateway: GatewayProcess, engine: VllmDouble
     assert len(engine.requests()) == before
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "OPTIONS"])
+def test_a_relayed_route_says_that_it_takes_post(gateway: GatewayProcess, method: str):
+    answer = gateway.request(method, "/v1/messages")
+
+    assert (answer.status, answer.code, answer.headers["allow"]) == (405, "unknown_route", "POST")
+
+
 def test_every_relayed_route_reaches_the_engine_with_our_key_and_not_the_callers(
     gateway: GatewayProcess, engine: VllmDouble
 ):

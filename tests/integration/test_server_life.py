@@ -31,6 +31,20 @@ def fast() -> Iterator[Server]:
         yield server
 
 
+def test_an_end_that_the_head_did_not_announce_follows_the_last_byte_at_once() -> None:
+    """A client that keeps connections must not send its next request into a connection that is about to be reset."""
+    with Server("fast") as server, Wire(server.port) as wire:
+        wire.send(get("/last-of-all"))
+
+        response = wire.response()
+
+        assert response is not None
+        assert (response.body, response.whole) == (b"last", True)
+        assert wire.ended()
+        assert server.state()["running"] == 1, "the application has not returned"
+        server.talk(get("/release"))
+
+
 # Slow and silent clients
 
 

@@ -77,6 +77,7 @@ def test_a_keys_life_over_http(gateway):
     assert gateway.chat(key=newest, max_tokens=5).status == 200
     deleted = gateway.admin("DELETE", path)
     assert (deleted.status, deleted.body) == (204, b"")
+    assert not {"content-length", "content-type"} & set(deleted.headers)
     assert gateway.chat(key=newest).code == "invalid_api_key"
     assert gateway.admin("GET", path).status == 404
     assert gateway.admin("DELETE", path).code == "key_not_found"

@@ -168,6 +168,52 @@ def test_the_engines_error_event_ends_the_stream_without_its_text(before: bytes)
     assert b"secret" not in stream.broken(broken.value, "r1")
 
 
+WHAT_IS_NO_EVENT = {
+    "half an object": b'data: {"choices": [{"index": 0\n\n',
+    "a text": b"data: Internal Server Error\n\n",
+    "a page": b"<html>502 Bad Gateway</html>\n\n",
+    "bytes": b"\x00\xff{]\n\n",
+}
+BEGINNINGS = {
+    "/v1/chat/completions": chunk("a", None),
+    "/v1/messages": event({"type": "content_block_delta", "delta": {"text": "a"}}, "content_block_delta"),
+    "/v1/responses": event({"type": "response.output_text.delta", "delta": "a"}, "response.output_text.delta"),
+}
+
+
+@pytest.mark.parametrize("path", BEGINNINGS)
+@pytest.mark.parametrize("what", WHAT_IS_NO_EVENT)
+def test_what_is_no_event_breaks_the_stream_and_is_not_passed_on(path: str, what: str):
+    for cut in (0, len(BEGINNINGS[path])):
+        stream = Stream(request(path), Usage())
+
+        with pytest.raises(BrokenStream) as broken:
+            relay(stream, BEGINNINGS[path] + WHAT_IS_NO_EVENT[what] + BEGINNINGS[path], [cut])
+
+        assert broken.value.before == (b"" if cut else BEGINNINGS[path])
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("end", [event({"error": {"message": "secret"}}), DONE], ids=["error", "done"])
+def test_an_end_of_the_other_dialect_is_no_end(path: str, end: bytes):
+    stream = Stream(request(path), Usage())
+
+    with pytest.raises(BrokenStream) as broken:
+        stream.feed(BEGINNINGS[path] + end)
+
+    assert broken.value.before == BEGINNINGS[path]
+    assert not stream.ended
+
+
+@pytest.mark.parametrize("path", BEGINNINGS)
+@pytest.mark.parametrize("event", [b": ping\n\n", b"event: ping\nid: 7\n\n", b"retry: 3000\n\n"])
+def test_comments_and_fields_without_data_pass(path: str, event: bytes):
+    stream = Stream(request(path), Usage())
+    data = BEGINNINGS[path] + event + BEGINNINGS[path]
+
+    assert stream.feed(data) == data
+
+
 def test_a_text_that_looks_like_an_error_event_is_a_text():
     stream = Stream(request(), Usage())
     data = chunk('\n\ndata: {"error":{}}', None)

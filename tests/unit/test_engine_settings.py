@@ -44,6 +44,7 @@ def test_all_problems_at_once() -> None:
     [
         ({"SWAP_SPACE_GB": "4", "KV_OFFLOADING_GB": "8"}, "KV_OFFLOADING_GB"),
         ({"VLLM_PORT": "8001"}, "ENGINE_STATUS_PORT"),
+        ({"ENGINE_HANG_SECONDS": "inf"}, "ENGINE_HANG_SECONDS"),
         ({"ENGINE_DEVICE": "cpu", "DISTRIBUTED_EXECUTOR": "ray"}, "DISTRIBUTED_EXECUTOR"),
         ({"ENGINE_DEVICE": "cpu", "QUANTIZATION": "fp8"}, "QUANTIZATION"),
         ({"ENGINE_HANG_SECONDS": "60", "ENGINE_HANG_MOST_SECONDS": "30"}, "ENGINE_HANG_MOST_SECONDS"),

@@ -45,6 +45,7 @@ def test_the_engines_variable_is_not_ours() -> None:
         ("GPU_EXPORTER_PORT", "http"),
         ("GPU_SAMPLE_SECONDS", "0"),
         ("GPU_SAMPLE_SECONDS", "nan"),
+        ("GPU_SAMPLE_SECONDS", "inf"),
         ("GPU_DEADLINE_SECONDS", "601"),
         ("GPU_EXPECTED", "-2"),
         ("GPU_PROCESSES", "perhaps"),

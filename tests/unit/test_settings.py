@@ -38,9 +38,38 @@ def test_an_unknown_name_is_refused_with_the_nearest_one():
     assert problems(GATEWAY_HSOT="x") == ["GATEWAY_HSOT: no such setting; did you mean GATEWAY_HOST?"]
 
 
+@pytest.mark.parametrize(("name", "meant"), [("VLLM_ULR", "VLLM_URL"), ("VLLM_APIKEY", "VLLM_API_KEY")])
+def test_a_name_of_the_engines_is_refused_where_it_looks_like_one_of_ours(name: str, meant: str):
+    assert problems(**{name: "x"}) == [f"{name}: no such setting; did you mean {meant}?"]
+    load({"VLLM_LOGGING_LEVEL": "INFO", "VLLM_HOST": "127.0.0.1", "VLLM_PORT": "8000", "VLLM_EXTRA_ARGS": "--x"})
+
+
+def test_a_log_level_may_be_written_small():
+    assert load({"LOG_LEVEL": "debug"}).log_level == "DEBUG"
+
+
+@pytest.mark.parametrize(("name", "value", "shown"), [
+    ("VLLM_URL", "http://user:hunter2@vllm:8000", "http://********@vllm:8000"),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://u:hunter2@jaeger:4318/x", "http://********@jaeger:4318/x"),
+    ("GPU_EXPORTER_URL", "http://hunter2@gpu:9101", "http://********@gpu:9101"),
+    ("DATABASE_URL", "postgresql://u:hunt@er2@db/x", "postgresql://********@db/x"),
+    ("DATABASE_URL", "postgresql://db/x?user=u&password=hunter2", "postgresql://db/x?user=u&password=********"),
+    ("DATABASE_URL", "sqlite:////data/gateway.sqlite3", "sqlite:////data/gateway.sqlite3"),
+])  # fmt: skip
+def test_what_is_secret_in_an_address_is_not_shown(name: str, value: str, shown: str):
+    assert load({name: value}).hidden()[name] == shown
+
+
+def test_what_is_secret_in_the_address_of_a_backend_is_not_shown():
+    backends = load({"BACKENDS": '[{"name":"a","url":"http://u:hunter2@x:8000"}]'}).hidden()["BACKENDS"]
+
+    assert backends[0]["url"] == "http://********@x:8000"
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("VLLM_URL", "ftp://x"), ("VLLM_URL", "x"), ("TRUSTED_PROXIES", "10.0.0.0/99"), ("QUOTA_TIMEZONE", "Mars/Base"),
-    ("QUOTA_TIMEZONE", "../../etc/passwd"), ("LOG_LEVEL", "LOUD"), ("BACKENDS", "[]"), ("BACKENDS", "{"),
+    ("QUOTA_TIMEZONE", "../../etc/passwd"), ("QUEUE_SECONDS", "inf"), ("DRAIN_SECONDS", "nan"),
+    ("LOG_LEVEL", "LOUD"), ("BACKENDS", "[]"), ("BACKENDS", "{"),
     ("BACKENDS", '[{"name":"a","url":"http://x"},{"name":"a","url":"http://y"}]'),
     ("BACKENDS", '[{"name":"a","url":"http://x","typo":1}]'), ("BACKENDS", '[{"name":"a","url":"unix:/x"}]'),
     ("GATEWAY_ADMIN_KEY", "changeme"), ("GATEWAY_API_KEYS", "good-enough-secret,password"), ("KEEP_ALIVE_SECONDS", "500"),

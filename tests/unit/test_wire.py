@@ -76,7 +76,8 @@ def test_the_budgets_limit_replaces_the_field_that_counts(fields: Any, name: str
 
 @pytest.mark.parametrize(("fields", "param"), [
     ({"n": 9}, "n"), ({"n": 0}, "n"), ({"best_of": 9}, "best_of"), ({"top_logprobs": 21}, "top_logprobs"),
-    ({"prompt_logprobs": 21}, "prompt_logprobs"), ({"max_tokens": 0}, "max_completion_tokens"), ({"n": "x"}, "n"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"), ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"n": "x"}, "n"),
     ({"stream": "yes"}, "stream"), ({"model": ""}, "model"), ({"model": 7}, "model"),
 ])  # fmt: skip
 def test_what_is_out_of_bounds_is_refused_by_name(fields: Any, param: str):

@@ -35,6 +35,13 @@ def run(argv: list[str]) -> int:
     if command not in ("serve", "check", "keys", "usage"):
         print(f"gateway: no such command {command!r}\n\n{USAGE}" if command else USAGE, end="", file=sys.stderr)
         return 2
+    if command in ("serve", "check") and rest:
+        if rest[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
+        print(f"gateway: {command} takes no arguments; everything is set by environment variables\n\n{USAGE}",
+              end="", file=sys.stderr)  # fmt: skip
+        return 2
     try:
         settings = load()
     except ConfigurationError as error:

@@ -103,7 +103,9 @@ def blueprint(
     @routes.delete("/admin/keys/<key_id>")
     async def delete(key_id: str) -> Response:
         await store.change(lambda db: accounts.delete(db, key_id, ACTOR))
-        return Response(b"", 204)
+        response = Response(b"", 204)
+        del response.headers["content-type"]  # nothing is sent that could have one
+        return response
 
     @routes.post("/admin/keys/<key_id>/rotate")
     async def rotate(key_id: str) -> Response:

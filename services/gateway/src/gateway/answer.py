@@ -38,6 +38,11 @@ _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 _FINGERPRINT = re.compile(rb',\s*"system_fingerprint"\s*:\s*(?:"[^"]*"|null)')
 _INDEX = re.compile(rb'"index"\s*:\s*(\d+)')
 _ERROR_EVENT = re.compile(rb'(?:^|\n\n)data: ?\{\s*"error"\s*:')
+_NO_DATA = re.compile(rb"(?:(?:event|id|retry)?:[^\n]*\n)*\n")  # comments, and fields that carry nothing
+_ENDS = {
+    "messages": (b"event: message_stop\n",),
+    "responses": (b"event: response.completed\n", b"event: response.incomplete\n"),
+}
 _SEQUENCE = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
 _RESPONSE_ID = re.compile(rb'"response"\s*:\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"')
 
@@ -100,12 +105,17 @@ class Stream:
             data, self._rest = data[:cut], data[cut:]
         if self.ended:
             return b""  # nothing follows the terminal event
+        if data.find(b'"error"') >= 0 and (error := _ERROR_EVENT.search(data)):
+            raise self._broken_at(data, error.start() + 2 if error.start() else 0)
+        # An event ends like the JSON object in it. Only where one does not they are looked at one by one.
+        if data.count(b"\n\n") != data.count(b"}\n\n"):
+            self._check(data)
         dialect = self._request.endpoint.dialect
         if dialect == "openai":
             return self._openai(data)
         ready = self._messages(data) if dialect == "messages" else self._responses(data)
         if self._limit and self.usage.total > self._limit:
-            self.usage.completion = max(0, self._limit - self.usage.prompt)
+            self.usage.keep_to(self._limit)
             raise UpstreamError("The engine went on after the limit of this answer.")
         return ready
 
@@ -131,11 +141,31 @@ class Stream:
             return self._stop(ready)
         return ready
 
+    def _broken_at(self, data: bytes, at: int, what: str = "") -> BrokenStream:
+        """The error for a stream that is broken from `at` on; what came before is passed on."""
+        before = data[:at]
+        if self._request.endpoint.dialect == "openai":
+            before = self._openai_usage(before) + self._last
+        return BrokenStream(before, what)
+
+    def _check(self, data: bytes) -> None:
+        """Raise `BrokenStream` at what is no event of a stream: half a JSON object, text of another kind, or an end
+        that this dialect does not have before its own."""
+        at = 0
+        for event in _events(data):
+            if event == b"data: [DONE]\n\n" or event == b"data:[DONE]\n\n":
+                if self._request.endpoint.dialect == "openai" or self._ends_before(data, at):
+                    return  # nothing follows the terminal event
+                raise self._broken_at(data, at)
+            if not (event.endswith(b"}\n\n") or _NO_DATA.fullmatch(event)):
+                raise self._broken_at(data, at, "The engine sent something that is no event.")
+            at += len(event)
+
+    def _ends_before(self, data: bytes, at: int) -> bool:
+        return any(mark in data[:at] for mark in _ENDS[self._request.endpoint.dialect])
+
     def _openai(self, data: bytes) -> bytes:
         self._begin = b""
-        if data.find(b'"error"') >= 0 and (error := _ERROR_EVENT.search(data)):
-            before = self._openai_usage(data[: error.start() + 2] if error.start() else b"")
-            raise BrokenStream(before + self._last)
         if data.find(b"[DONE]\n\n") >= 0 and (done := _DONE.search(data)):
             self.ended = True
             self.tail = done[1]
@@ -155,7 +185,7 @@ class Stream:
         An event is a token, so as many of the last events as there are tokens too many are left out.
         """
         beyond = self.usage.total - self._limit
-        self.usage.completion = max(0, self._limit - self.usage.prompt)
+        self.usage.keep_to(self._limit)
         self.cut = self.ended = True
         self._begin = b""
         events = _events(self._last + ready)
@@ -243,7 +273,7 @@ class Stream:
         # Between message_start and message_delta the engine counts nothing aloud: a delta is at least one token.
         if b'"usage"' not in data and b"event: error" not in data:
             self._count(data.count(b"event: content_block_delta"))
-            return self._end_at(data, (b"event: message_stop\n",))
+            return self._end_at(data, _ENDS["messages"])
         for event in _events(data):
             if event.startswith(b"event: error"):
                 raise BrokenStream(data[: data.index(event)])
@@ -251,7 +281,7 @@ class Stream:
                 reported.note_event(self.usage, event)
             elif event.startswith(b"event: content_block_delta"):
                 self._count(1)
-        return self._end_at(data, (b"event: message_stop\n",))
+        return self._end_at(data, _ENDS["messages"])
 
     def _count(self, deltas: int) -> None:
         if deltas:
@@ -269,7 +299,7 @@ class Stream:
                 raise BrokenStream(data[: data.index(event)])
             if event.startswith((b"event: response.completed", b"event: response.incomplete")):
                 reported.note_event(self.usage, event)
-        return self._end_at(data, (b"event: response.completed\n", b"event: response.incomplete\n"))
+        return self._end_at(data, _ENDS["responses"])
 
     def _end_at(self, data: bytes, marks: tuple[bytes, ...]) -> bytes:
         for mark in marks:
@@ -304,10 +334,10 @@ class Stream:
 
 
 class BrokenStream(UpstreamError):
-    """The engine reported a failure inside the stream; `before` are the whole events that came before it."""
+    """The engine reported a failure inside the stream, or broke its form; `before` are the whole events before that."""
 
-    def __init__(self, before: bytes) -> None:
-        super().__init__("The engine failed while it was answering.")
+    def __init__(self, before: bytes, message: str = "") -> None:
+        super().__init__(message or "The engine failed while it was answering.")
         self.before = before
 
 

@@ -143,7 +143,9 @@ def routes(gateway: Gateway) -> Quart:
     for blueprint in gateway.blueprints():
         app.register_blueprint(blueprint)
     for path in ENDPOINTS:  # other methods on relayed paths
-        app.add_url_rule(path, f"not_{path}", _wrong_method, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"])
+        app.add_url_rule(path, f"not_{path}", _wrong_method,
+                         methods=["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"],
+                         provide_automatic_options=False)  # fmt: skip
     return app
 
 

@@ -273,10 +273,11 @@ def serve(settings: Settings) -> int:
     try:
         uvloop.run(_run(settings, writer))
     except (StoreLocked, StoreNewer, StoreUnavailable) as error:
-        print(f"gateway: {error}", file=sys.stderr)
+        print(f"gateway: DATABASE_URL: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"gateway: cannot listen on {settings.gateway_host}:{settings.gateway_port}: {error}", file=sys.stderr)
+        where = f"{settings.gateway_host}:{settings.gateway_port}"
+        print(f"gateway: GATEWAY_HOST, GATEWAY_PORT: cannot listen on {where}: {error}", file=sys.stderr)
         return 2
     finally:
         writer.close()

@@ -86,6 +86,11 @@ class Usage:
         """Prompt and completion tokens."""
         return self.prompt + self.completion
 
+    def keep_to(self, limit: int) -> None:
+        """Count at most `limit` tokens: what an engine did beyond what it was allowed is not its caller's to pay."""
+        self.prompt = min(self.prompt, limit)
+        self.completion = min(self.completion, limit - self.prompt)
+
 
 @dataclass(slots=True)
 class Hold:

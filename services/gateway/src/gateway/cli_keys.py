@@ -34,7 +34,7 @@ def run(argv: Sequence[str], settings: Settings) -> int:
             print(f"keys: {error.message}", file=sys.stderr)
         return 1
     except (StoreUnavailable, StoreNewer) as error:
-        print(f"keys: {error}", file=sys.stderr)
+        print(f"keys: DATABASE_URL: {error}", file=sys.stderr)
         return 2
     if arguments.json:
         print(msgspec.json.encode(answer).decode())

@@ -31,7 +31,7 @@ def run(argv: Sequence[str], settings: Settings) -> int:
             migrate(database)
             rows = reports.usage(database, arguments.first, arguments.last, arguments.by)
     except (StoreUnavailable, StoreNewer) as error:
-        print(f"usage: {error}", file=sys.stderr)
+        print(f"usage: DATABASE_URL: {error}", file=sys.stderr)
         return 2
     if arguments.json:
         print(msgspec.json.encode({"data": rows}).decode())

@@ -65,7 +65,7 @@ class Exchange:
     __slots__ = (
         "_callback", "_chunked", "_connection", "_head", "_left", "_pieces", "_size", "_status", "_waiter", "answered",
         "body_left", "body_read", "chunks", "gone", "method", "must_close", "send_continue", "started", "task",
-        "version",
+        "unannounced", "version",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, head: Head) -> None:
@@ -85,6 +85,7 @@ class Exchange:
         self.chunks: Any = None  # decoder of a chunked body
         self.send_continue = head.expects
         self.must_close = not head.keep_alive
+        self.unannounced = False  # the connection ends after this response, and its head does not say so
         self.started = False  # response bytes have been written
         self.answered = False  # the response is complete
         self.gone = False  # the client went away, or was sent away
@@ -142,8 +143,13 @@ class Exchange:
             self._callback = callback
 
     def close_after(self) -> None:
-        """End the connection after this response."""
+        """End the connection after this response.
+
+        Where the head has not announced it the end follows the last byte at once: a client that keeps connections must
+        not find this one open and send its next request into the reset.
+        """
         self.must_close = True
+        self.unannounced = self._status != 0
 
     def whole_body(self) -> bytes | None:
         """The body if all of it is here and nobody has taken any; as `receive`, it can be taken once."""
@@ -252,6 +258,8 @@ class Exchange:
                 raise RuntimeError("the response's body is shorter than its content-length")
             self.answered = True
             self.wake()
+            if self.unannounced:
+                self._connection.finish()
         return not self._connection.stalled
 
     def _framed(self, data: bytes, more: bool) -> bytes:
@@ -287,6 +295,8 @@ class Exchange:
                 lines += 1
                 continue
             field = name.lower()  # framing is ours to say
+            if field == b"content-length" and status == 204:
+                continue  # it may not have one (RFC 9110, 8.6)
             if field == b"content-length":
                 if length is not None or not value.isdigit():
                     raise ValueError("content-length must be one number")

@@ -7,6 +7,7 @@ the default of the environment, 0 means no limit.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,6 +21,8 @@ from gateway.settings import Settings
 
 SECRET_PREFIX = "sk-gw-"  # noqa: S105 - only the prefix
 LIMIT_NAMES = ("requests_per_minute", "tokens_per_minute", "concurrency", "daily_tokens", "max_tokens")
+_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
+_FIELD_PATH = re.compile(r"at `\$\.([A-Za-z_]+)")
 _MOST = 2**53
 
 
@@ -202,7 +205,7 @@ def decode(raw: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(raw or b"{}", type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"The body cannot be used: {_told(error)}.") from None
+        raise InvalidRequest(f"The body cannot be used: {_told(error)}.", param=_field_in(str(error))) from None
 
 
 def decode_fields(raw: bytes, *, creating: bool = False) -> dict[str, Any]:
@@ -216,6 +219,12 @@ def decode_fields(raw: bytes, *, creating: bool = False) -> dict[str, Any]:
 def _told(error: Exception) -> str:
     """msgspec's message names fields and kinds; a field's name is the caller's text, so it is cut."""
     return str(error)[:160]
+
+
+def _field_in(told: str) -> str | None:
+    """The field that msgspec's message is about, if it is about one."""
+    found = _UNKNOWN_FIELD.search(told) or _FIELD_PATH.search(told)
+    return found[1][:40] if found else None
 
 
 def _label(name: str, value: Any) -> str:

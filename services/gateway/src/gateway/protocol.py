@@ -371,6 +371,11 @@ class Connection(asyncio.Protocol):
 
     # Flow
 
+    def finish(self) -> None:
+        """The last byte of the last answer is written: say so at once, and drop what still comes."""
+        if not self._ending:
+            self._linger()
+
     def write(self, data: bytes) -> None:
         """Write bytes of a response."""
         self.transport.write(data)

@@ -1,7 +1,8 @@
 """The gateway's configuration: one field a variable, read once, frozen; the only place with defaults.
 
 `docs/configuration.md` and `.env.example` are generated from these fields. Every problem is reported at once with the
-variable's name and the fix; unknown `GATEWAY_*` names are errors with the nearest match; secrets also come by
+variable's name and the fix; unknown `GATEWAY_*` names, and `VLLM_*` names that look like one of ours,
+are errors with the nearest match; secrets also come by
 `NAME_FILE`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +47,9 @@ class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Settings(BaseSettings):
     """Everything that can be set, with units in the descriptions. 0 for a limit means none."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=False, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        allow_inf_nan=False, frozen=True, extra="ignore", case_sensitive=False, populate_by_name=True
+    )
 
     # Listening
     gateway_host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -198,6 +202,11 @@ class Settings(BaseSettings):
             _parse_backends(value)
         return value
 
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
     @field_validator("gateway_api_keys", "gateway_admin_key")
     @classmethod
     def _real_secret(cls, value: SecretStr | None) -> SecretStr | None:
@@ -237,16 +246,29 @@ class Settings(BaseSettings):
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, SecretStr):
-                value = "********"
+                value = HIDDEN
             elif name == "backends" and value is not None:
                 value = [
-                    {**msgspec.to_builtins(b), "api_key": "********" if b.api_key else None}
+                    {**msgspec.to_builtins(b), "url": _without_secrets(b.url), "api_key": HIDDEN if b.api_key else None}
                     for b in self.backend_configs
                 ]
-            elif name == "database_url" and "@" in value:
-                value = value.split("://")[0] + "://********@" + value.rpartition("@")[2]
+            elif isinstance(value, str) and "://" in value:
+                value = _without_secrets(value)
             shown[name.upper()] = value
         return shown
+
+
+HIDDEN = "********"
+_SECRET_PARAMETER = re.compile(r"(?i)([?&](?:[^=&]*(?:password|passfile|secret|token|key)[^=&]*)=)[^&#]*")
+
+
+def _without_secrets(url: str) -> str:
+    """`url` without what stands before its host, and without the values of parameters that sound like secrets."""
+    scheme, _, rest = url.partition("://")
+    place, slash, path = rest.partition("/")
+    if "@" in place:
+        place = f"{HIDDEN}@{place.rpartition('@')[2]}"
+    return _SECRET_PARAMETER.sub(rf"\1{HIDDEN}", f"{scheme}://{place}{slash}{path}")
 
 
 PLACEHOLDERS = frozenset(("changeme", "change-me", "change_me", "secret", "supersecret", "password", "your-key-here"))
@@ -315,7 +337,12 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or "is not UTF-8 text"
                 problems.append(f"{variable}: cannot read {path}: {reason}")
+    ours = {name for name in known if name.startswith("VLLM_")}
     for variable in sorted(environ):
+        # Most of these names are the engine's and vLLM's own, so only what looks like one of ours is judged.
+        near = difflib.get_close_matches(variable, ours, n=1, cutoff=0.8) if variable.startswith("VLLM_") else []
+        if near and variable not in known:
+            problems.append(f"{variable}: no such setting; did you mean {near[0]}?")
         if variable.startswith("GATEWAY_") and variable not in known:
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -229,6 +229,8 @@ def _read_output(request: Request, head: Head, caps: Caps) -> None:
     wanted: int | None = getattr(head, name)
     if wanted is None and endpoint.name == "chat_completions":
         wanted = head.max_tokens
+        if wanted is not None:
+            name = "max_tokens"  # as the caller calls it
     if wanted is not None and wanted < 1:
         raise InvalidRequest(f"'{name}' must be at least 1.", param=name)
     request.max_output = wanted if wanted is not None else endpoint.default_output

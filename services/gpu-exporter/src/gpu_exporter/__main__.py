@@ -23,12 +23,19 @@ from gpu_exporter.server import Pages, Server
 from gpu_exporter.settings import BadConfiguration, Settings, load
 
 SAMPLER_DIED, BAD_CONFIGURATION, ACCESS_LOST = 1, 2, 3
+USAGE = (
+    "usage: gpu-exporter    serves /metrics and /health; takes no arguments: see docs/gpu-exporter.md for its variables"
+)
 # Python hands the interpreter over every 5 ms by default: a scrape would wait that long while a sample is rendered.
 SWITCH_SECONDS = 0.0005
 
 
 def main() -> None:
     """Run the program and exit with its status."""
+    if arguments := sys.argv[1:]:
+        asked = arguments[0] in ("-h", "--help")
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else BAD_CONFIGURATION)
     try:
         settings = load(os.environ)
     except BadConfiguration as error:

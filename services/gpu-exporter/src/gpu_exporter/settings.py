@@ -28,7 +28,7 @@ class BadConfiguration(Exception):
 class Settings(BaseSettings):
     """One field a variable, of the same name."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(allow_inf_nan=False, frozen=True, extra="ignore")
 
     gpu_exporter_host: str = Field("127.0.0.1", description="Address to listen on.")
     gpu_exporter_port: int = Field(9101, ge=0, le=65535, description="Port; 0 takes any free one.")

@@ -26,7 +26,7 @@ def main() -> None:
     fitting = verbs.add_parser("fit", help="does a model fit this machine's GPUs? exit 0 yes, 1 no")
     fitting.add_argument("model", nargs="?", help="hub name or folder; default: MODEL_NAME")
     fitting.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of each GPU; default: ask NVIDIA's driver"
+        "--gpu-memory", type=_gib, metavar="GIB", help="memory of each GPU; default: ask NVIDIA's driver"
     )
     fitting.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
@@ -42,6 +42,13 @@ def main() -> None:
             sys.exit(_serve(configuration, arguments.verb == "node"))
     except settings.ConfigurationError as error:
         _refuse(error)
+
+
+def _gib(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1_000_000:
+        raise argparse.ArgumentTypeError("must be GiB above 0")
+    return value
 
 
 def _refuse(error: settings.ConfigurationError) -> NoReturn:

@@ -30,6 +30,8 @@ def find(settings: Settings, name: str) -> Model:
         except (OSError, ValueError) as error:
             raise shape.ShapeError(f"its config.json cannot be read: {error}") from None
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    elif name.startswith((".", "/", "~")):
+        raise shape.ShapeError("there is no such folder with a config.json in it")
     else:
         hub.quiet()
         token = settings.hf_token.get_secret_value() if settings.hf_token else None
@@ -86,7 +88,8 @@ def _print(settings: Settings, model: Model, size: float, wanted: Plan, rows: li
     per_token = measured.layers * measured.kv_layer_bytes(wanted.tp, element)
     print(f"{model.name}: {measured.parameters / 1e9:.2f} billion parameters, {measured.layers} layers")
     print(f"{measured.heads} heads, {measured.kv_heads} KV heads, context {measured.longest} tokens")
-    print(f"checkpoint {model.weight_bytes / GIB:.1f} GiB on disk, and about as much host memory for its pages")
+    on_disk = model.weight_bytes or measured.weight_bytes()  # a folder with nothing but its config.json: as bf16
+    print(f"checkpoint {on_disk / GIB:.1f} GiB on disk, and about as much host memory for its pages")
     print(f"GPUs of {size / GIB:.1f} GiB, of which {settings.gpu_memory_utilization:.0%} are used")
     print(f"KV cache: {per_token:.0f} bytes a token and GPU at TP_SIZE={wanted.tp}\n")
     print(f"{'TP':>3} {'weights':8} {'GiB/GPU':>8} {'KV GiB':>7} {'tokens':>10} {'sequences':>10}  fits")

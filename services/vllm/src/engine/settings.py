@@ -49,7 +49,7 @@ class ConfigurationError(Exception):
 class Settings(BaseSettings):
     """Everything that can be set, with units in the descriptions."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = SettingsConfigDict(allow_inf_nan=False, frozen=True, extra="ignore", protected_namespaces=())
 
     # The model
     model_name: str | None = Field(
@@ -128,6 +128,11 @@ class Settings(BaseSettings):
     otel_exporter_otlp_endpoint: str | None = Field(
         None, description="OTLP collector of vLLM's traces; none = no traces."
     )
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(

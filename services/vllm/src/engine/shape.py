@@ -64,8 +64,17 @@ class Shape:
         return None
 
 
-def read(config: Mapping[str, Any]) -> Shape:
+def read(config: Any) -> Shape:
     """The shape in a config.json. Raises `ShapeError`."""
+    if not isinstance(config, Mapping):
+        raise ShapeError("its config.json is no JSON object")
+    try:
+        return _read(config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # numbers as text, names for objects
+        raise ShapeError(f"its config.json has a value that cannot be used: {error}") from None
+
+
+def _read(config: Mapping[str, Any]) -> Shape:
     text: Mapping[str, Any] = config.get("text_config") or config
     layers, hidden, heads = (_need(text, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     kv_heads = int(text.get("num_key_value_heads") or heads)

@@ -311,8 +311,10 @@ class Forward:
                 return
         exchange.release()
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if not reported.note_body(call.usage, body) and exchange.content_type.startswith("application/json"):
-            raise UpstreamError("The engine's answer is not the JSON that it says it is.")
+        assert call.request is not None
+        if not reported.note_body(call.usage, body) and not call.request.endpoint.multipart:
+            raise UpstreamError("The engine's answer is not JSON.")  # transcriptions can also be plain text
+        _keep_to_hold(call)
         call.note(call.usage)
         self._registry.report(call.backend, True)
         call.first_token_at = silence.since
@@ -341,6 +343,7 @@ class Forward:
         exchange.release()
         self._registry.report(call.backend, True)
         reported.note_tail(call.usage, tail)
+        _keep_to_hold(call)
         call.note(call.usage)
         call.outcome = Outcome.OK
         await self._finish(call)
@@ -363,6 +366,14 @@ def _most(call: Call) -> int:
     if caller is None or hold is None or not (caller.limits.daily_tokens or caller.organisation_daily_tokens):
         return 0
     return hold.tokens
+
+
+def _keep_to_hold(call: Call) -> None:
+    """Never settle more than the day's quota has room for, whatever an engine reports that counts prompts otherwise
+    than it said. Of media the hold is a guess, and their truth comes with the answer."""
+    request = call.request
+    if request is not None and not request.media and not request.endpoint.multipart and (most := _most(call)):
+        call.usage.keep_to(most)
 
 
 def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
