@@ -46,7 +46,7 @@ def copy_database(source: Path, target: Path) -> None:
 
 
 def export(folders: dict[str, Path], stream) -> None:
-    """Writes every file below the folders, with owner and mode, as NAME/relative/path."""
+    """Writes every file below the folders, with owner and mode, as NAME/relative/path. Raises `OSError`."""
     with tarfile.open(fileobj=stream, mode="w|") as archive, tempfile.TemporaryDirectory() as scratch:
         for name, folder in folders.items():
             archive.add(folder, arcname=name, recursive=False)
@@ -65,7 +65,7 @@ def export(folders: dict[str, Path], stream) -> None:
                 except FileNotFoundError:
                     there = False
                 except sqlite3.Error as problem:
-                    raise SystemExit(f"carrier: {arcname} cannot be copied: {problem}") from None
+                    raise OSError(f"{arcname} cannot be copied: {problem}") from None
                 if there:
                     entry.size = copy.stat().st_size
                     with copy.open("rb") as content:

@@ -1,14 +1,18 @@
 """Days of life in a short time: the whole path under churn, faults and turning days, judged by growth and by the ledger."""
 
+import asyncio
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.doubles.edge_running import needs_nginx
 from tests.doubles.postgres import postgres, programs
 from tests.doubles.wall_clock import needs_compiler
 from tests.soak import run
+from tests.soak.deeds import Deeds
+from tests.soak.traffic import Keys
 
 RESULTS = Path(__file__).resolve().parents[2] / ".state" / "soak"
 pytestmark = [
@@ -25,6 +29,24 @@ def prove(folder: Path, plan: run.Plan, name: str, database: str | None = None) 
     assert not found["problems"], "\n".join(found["problems"])
     assert found["ledger"]["days"] >= int(plan.seconds / plan.day_seconds)
     assert found["lives"] > 2, "the gateway was not restarted"
+
+
+async def test_a_deed_that_fails_is_told_and_costs_nothing_else():
+    deeds = Deeds(
+        SimpleNamespace(gateway=SimpleNamespace(environment={"DATABASE_URL": "postgresql:"})), Keys({}), seed=1
+    )
+    again = asyncio.Event()
+
+    async def fails():
+        if deeds.problems:
+            again.set()
+        raise AssertionError("not within 30 s")
+
+    deeds.reload = fails
+    deeds.start(0, {"reload": 0.01})
+    await asyncio.wait_for(again.wait(), 60)
+    await deeds.stop()
+    assert set(deeds.problems) == {"reload: AssertionError: not within 30 s"}
 
 
 @pytest.mark.timeout(300)

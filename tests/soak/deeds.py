@@ -84,7 +84,12 @@ class Deeds:
                     await self._over.wait()
             if self._over.is_set() or (until is not None and time.monotonic() > until and self.done[name]):
                 return
-            await deed()
+            try:
+                await deed()
+            except Exception as problem:
+                # One thing that went wrong is told with all that was measured; it must not cost the hour.
+                self.problems.append(f"{name}: {type(problem).__name__}: {problem}")
+                continue
             self.done[name] += 1
 
     async def _admin(self, method: str, path: str, body: object, expected: tuple[int, ...]) -> dict | None:

@@ -174,11 +174,16 @@ def test_images_are_pinned_once_and_each_has_a_variable() -> None:
         assert variable == f"{name.upper().replace('-', '_')}_IMAGE"
         assert re.search(r":v?\d+(\.\d+)+", tag), f"{tag} is not pinned by a version"
     pulled = set(COMPOSE["x-images"].values())
+    builders: dict[str, list[str]] = {}
     for name, service in SERVICES.items():
         image = service["image"]
-        built = image.startswith("${APPLIANCE_PREFIX:-appliance}/")
-        assert built == ("build" in service)
-        assert built or image in pulled, f"{name}: {image} is not in x-images"
+        if image.startswith("${APPLIANCE_PREFIX:-appliance}/"):
+            builders.setdefault(image, []).extend([name] if "build" in service else [])
+        else:
+            assert image in pulled, f"{name}: {image} is not in x-images"
+            assert "build" not in service
+    # Two builders of one name take it from each other, so that an unchanged engine would be made anew and start again.
+    assert {len(names) for names in builders.values()} == {1}, builders
 
 
 def test_tensor_parallelism_has_its_shared_memory_and_gpus() -> None:
