@@ -106,7 +106,6 @@ class Gateway:
         await self.ledger.settle(call)
         self.budget.release(call)
         self.capacity.leave(call)
-        call.enter("forward")
 
     def blueprints(self) -> list[Blueprint]:
         """The routes for keys, usage and the queue."""
