@@ -51,7 +51,7 @@ def run(names: list[str], rounds: int, seconds: float, connections: tuple[int, .
     double = Process("double", [str(machine.build("double")), "0"], LOAD_CORE, folder)
     targets: list[load.Target] = []
     behind: Process | None = None
-    result: dict[str, Any] = {"machine": machine.describe(), "rounds": [], "start": {}, "idle": {}, "left_out": {},
+    result: dict[str, Any] = {"machine": machine.describe(gateways.PYTHON), "rounds": [], "start": {}, "idle": {}, "left_out": {},
                               "edge": []}  # fmt: skip
     try:
         machine.wait_for("the double listens", lambda: double.log.read_text().strip().isdigit(), 10)

@@ -1,11 +1,15 @@
 """The contestants: how each is installed (in an environment of its own), started, and when it is ready.
 
+`BENCH_PYTHON` names another interpreter for our two, one that has the gateway's requirements: how CPython was built is worth
+a quarter of a call's instructions, and the images' one is built with optimisation (docs/profile.md).
+
 All get the same upstream and one core. Feature sets differ: ours and "plain Quart" run with keys, limits, a usage
 ledger, metrics, logs and 10 % of traces; LiteLLM with a master key; the routers relay without keys; nginx only relays.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +19,8 @@ from pathlib import Path
 
 from tests.bench import machine
 
+PYTHON = os.environ.get("BENCH_PYTHON", sys.executable)
+SOURCES = f"{machine.ROOT / 'services/gateway/src'}:{machine.ROOT}"
 KEY = "sk-bench-0123456789abcdef"
 PATH = "/v1/chat/completions"
 VERSIONS = {"vllm-router": "vllm-router==0.1.17", "smg": "smg==1.13.0", "litellm": "litellm[proxy]==1.106.2"}
@@ -62,7 +68,8 @@ def _peer(program: str) -> str:
 
 def ours(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Everything on; limits are high, so that each is computed and none refuses."""
-    return [str(machine.ROOT / ".venv/bin/gateway"), "serve"], {
+    return [PYTHON, "-m", "gateway", "serve"], {
+        "PYTHONPATH": SOURCES,
         "GATEWAY_PORT": str(port),
         "VLLM_URL": f"http://127.0.0.1:{upstream}",
         "GATEWAY_API_KEYS": f"bench={KEY}",
@@ -86,9 +93,7 @@ def _ours_stock(port: int, upstream: int, folder: Path) -> tuple[list[str], dict
 
 
 def _plain(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:
-    return [sys.executable, "-m", "tests.bench.plain_quart", str(port), str(upstream), str(folder)], {
-        "PYTHONPATH": str(machine.ROOT)
-    }
+    return [PYTHON, "-m", "tests.bench.plain_quart", str(port), str(upstream), str(folder)], {"PYTHONPATH": SOURCES}
 
 
 def _nginx(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -72,6 +72,49 @@ def test_a_healthy_stream_is_what_the_engine_would_have_sent(options: Any, texts
     assert (stream.usage.prompt, stream.usage.completion, stream.usage.cached) == (7, len(texts), 2)
 
 
+@given(
+    together=st.lists(st.integers(1, 5), min_size=1, max_size=12),
+    running=st.booleans(),
+    breaks=st.booleans(),
+    data=st.data(),
+)
+def test_events_that_come_whole_are_what_they_are_in_pieces(
+    together: list[int], running: bool, breaks: bool, data: Any
+):
+    """One event a read is the usual case and has a way of its own: it must not differ from any other cut."""
+    options = {"include_usage": True, "continuous_usage_stats": True} if running else None
+    count = sum(together)
+    events = [chunk(None, (7, 0)), *(chunk(f"t{i}", (7, i)) for i in range(1, count))]
+    end = [event('{"error":{"message":"x"}}')] if breaks else [chunk("", (7, count), choices=False), DONE]
+    sent = b"".join([*events, *end])
+    cuts = data.draw(st.lists(st.integers(0, len(sent)), max_size=12))
+
+    def fed(pieces: list[bytes]) -> tuple[bytes, Any]:
+        stream, out = Stream(request(stream_options=options), Usage()), b""
+        try:
+            for piece in pieces:
+                out += stream.feed(piece)
+        except BrokenStream as broken:
+            return out + broken.before, stream.usage
+        return out + stream.tail, stream.usage
+
+    whole = []
+    for number in together:
+        whole.append(b"".join(events[:number]))
+        events = events[number:]
+    at = [0, *sorted(cuts), len(sent)]
+    assert fed([*whole, *end]) == fed([sent[a:b] for a, b in zip(at, at[1:], strict=False) if b > a])
+
+
+def test_an_answer_cut_at_its_limit_ends_there_also_among_whole_events():
+    stream = Stream(request(), Usage(), 10)
+    got = stream.feed(chunk(None, (7, 0))) + stream.feed(b"".join(chunk(f"t{i}", (7, i)) for i in range(1, 9)))
+    assert got.count(b'"content":"t') == 3
+    assert stream.ended
+    assert stream.cut
+    assert stream.usage.total == 10
+
+
 @given(newline=st.sampled_from(["\n", "\r\n"]), cuts=st.lists(st.integers(0, 3000), max_size=8), usage=st.booleans())
 def test_an_engine_with_a_looser_hand_is_read_as_well(newline: str, cuts: list[int], usage: bool):
     """Spaces in the JSON, lines ending in CRLF, usage only at the end, as servers other than vLLM write."""

@@ -165,6 +165,25 @@ class Stream:
         return any(mark in data[:at] for mark in _ENDS[self._request.endpoint.dialect])
 
     def _openai(self, data: bytes) -> bytes:
+        """Whole events. Of several that came together those at the front may each be one more token."""
+        ready: list[bytes] = []
+        at = 0
+        while self._begin and at < len(data):
+            end = data.find(b"\n\n", at) + 2
+            token = self._token(data[at:end])
+            if token is None:
+                break
+            ready.append(token)
+            at = end
+        if at < len(data) and not self.ended:
+            try:
+                ready.append(self._look(data[at:]))
+            except BrokenStream as broken:
+                raise BrokenStream(b"".join(ready) + broken.before) from None
+        return b"".join(ready)
+
+    def _look(self, data: bytes) -> bytes:
+        """Whole events that have to be looked at."""
         self._begin = b""
         if data.find(b"[DONE]\n\n") >= 0 and (done := _DONE.search(data)):
             self.ended = True

@@ -106,7 +106,6 @@ class Gateway:
         self.capacity.leave(call)  # the engine is done with it, and need not wait for the database
         await self.ledger.settle(call)
         self.budget.release(call)
-        call.enter("forward")
 
     def blueprints(self) -> list[Blueprint]:
         """The routes for keys, usage and the queue."""

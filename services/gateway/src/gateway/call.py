@@ -6,9 +6,9 @@ Plain data without I/O. The stages read and fill one `Call`; nothing else travel
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -175,8 +175,8 @@ class Call:
         self.request_id = request_id
         self.endpoint = endpoint
         self.ip = ip
-        self.started = self.mark = time.perf_counter()
-        self.started_at = time.time()
+        self.started = self.mark = perf_counter()
+        self.started_at = time()
         self.caller: Caller | None = None
         self.request: Request | None = None
         self.hold: Hold | None = None
@@ -202,7 +202,7 @@ class Call:
 
     def enter(self, stage: str) -> None:
         """Close the running stage's clock and start `stage`'s."""
-        now = time.perf_counter()
+        now = perf_counter()
         seconds = self.stage_seconds
         running = self.stage
         if running in seconds:
@@ -214,7 +214,7 @@ class Call:
 
     def server_timing(self) -> bytes:
         """Where the time went so far, in milliseconds: the event loop's lateness, the stages, the whole."""
-        now = time.perf_counter()
+        now = perf_counter()
         seconds = self.stage_seconds.copy()
         seconds[self.stage] = seconds.get(self.stage, 0.0) + now - self.mark
         kinds = tuple(seconds)

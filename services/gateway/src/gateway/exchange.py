@@ -221,9 +221,16 @@ class Exchange:
 
     def respond(self, status: int, lines: bytes, body: bytes) -> None:
         """Send a whole response."""
-        if not self.gone:
-            self.begin(status, lines, len(body))
-            self._write(body, False)
+        if self.gone:
+            return
+        self.begin(status, lines, len(body))
+        if self._left is None:  # no body may follow
+            self._write(b"", False)
+            return
+        head, self._head, self._left = self._head or b"", None, 0
+        self.started = self.answered = True
+        self._connection.transport.write(head + body)
+        self.wake()
 
     def push(self, data: bytes) -> bool:
         """Send a part of the body. False while the client reads more slowly: wait for `drained` before the next."""

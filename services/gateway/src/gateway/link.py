@@ -215,7 +215,7 @@ class Answer:
             if self._take is None:
                 if self.status or self.error is not None:
                     waiter.set_result(None)
-            elif self.pieces or self.done or self.error is not None:
+            else:
                 try:
                     if self._hand_over(self._take):
                         waiter.set_result(None)

@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import random
 import re
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+from opentelemetry.trace import SpanContext, TraceFlags
 
+from gateway import otlp
 from gateway.call import STAGES, Outcome
 from gateway.identifiers import fresh
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from gateway.call import Call
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _NO_TRACE = "0" * 32
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
-_UNSET = Status()
 
 OPERATIONS = {
     "chat_completions": "chat",
@@ -87,75 +84,61 @@ def begin(traceparent: bytes | None, request_id: str, ratio: float) -> Trace:
 class _Ended:
     """A finished call on its way to the exporter's thread, which makes the spans of it."""
 
-    __slots__ = ("attributes", "context", "duration", "forward_id", "name", "parent", "stages", "start", "status")
+    __slots__ = ("_call", "_duration", "_failed", "_model")
+    context = SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))  # what the SDK asks for
 
     def __init__(self, call: Call, duration: float, model: str, failed: bool) -> None:
-        trace: Trace = call.trace
-        trace_id = int(trace.trace_id, 16)
-        self.context = SpanContext(trace_id, int(trace.span_id, 16), is_remote=False, trace_flags=_SAMPLED)
-        self.parent: SpanContext | None = None
-        if trace.parent_id is not None:
-            self.parent = SpanContext(trace_id, int(trace.parent_id, 16), is_remote=True, trace_flags=_SAMPLED)
-        self.forward_id = trace.forward_id
-        self.start = int(call.started_at * 1e9)
-        self.duration = int(duration * 1e9)
-        self.status = Status(StatusCode.ERROR, call.error.code if call.error else None) if failed else _UNSET
-        self.name = f"{OPERATIONS.get(call.endpoint.name, call.endpoint.name)} {model}".rstrip()
-        self.attributes = _attributes(call, model)
-        self.stages = call.stage_seconds
+        self._call = _attributes(call, model), call.trace, call.started_at, call.stage_seconds, call.endpoint.name
+        self._duration = duration
+        self._model = model
+        self._failed = (call.error.code if call.error else "") if failed else None
 
-    def spans(self, resource: Resource) -> Iterator[ReadableSpan]:
+    @property
+    def count(self) -> int:
+        """How many spans there will be."""
+        return 1 + len(self._call[3])
+
+    def spans(self) -> bytes:
         """The call's span and one for each stage."""
-        yield ReadableSpan(
-            name=self.name, context=self.context, parent=self.parent, resource=resource, attributes=self.attributes,
-            kind=SpanKind.SERVER, status=self.status, start_time=self.start, end_time=self.start + self.duration,
-        )  # fmt: skip
-        at = self.start
+        values, trace, started_at, stages, endpoint = self._call
+        trace_id, span_id = int(trace.trace_id, 16), int(trace.span_id, 16)
+        parent_id = None if trace.parent_id is None else int(trace.parent_id, 16)
+        start = at = int(started_at * 1e9)
+        name = f"{OPERATIONS.get(endpoint, endpoint)} {self._model}".rstrip().encode()
+        told = otlp.attributes(9, values) + otlp.status(self._failed)
+        end = start + int(self._duration * 1e9)
+        remote = parent_id is not None
+        made = [otlp.span(trace_id, span_id, parent_id, name, otlp.SERVER, start, end, told, remote=remote)]
         # The ids of stages lead nowhere but here, save the one that the engine got as its parent's.
-        number = self.context.span_id
         for index, stage in enumerate(STAGES):
-            seconds = self.stages.get(stage)
+            seconds = stages.get(stage)
             if seconds is None:
                 continue
-            span_id = int(self.forward_id, 16) if stage == "forward" else number ^ (index + 1)
-            context = SpanContext(self.context.trace_id, span_id, is_remote=False, trace_flags=_SAMPLED)
-            end = at + int(seconds * 1e9)
-            yield ReadableSpan(
-                name=stage, context=context, parent=self.context, resource=resource, attributes={},
-                kind=SpanKind.CLIENT if stage == "forward" else SpanKind.INTERNAL, status=_UNSET, start_time=at,
-                end_time=end,
-            )  # fmt: skip
-            at = end
+            begun, at = at, at + int(seconds * 1e9)
+            if stage == "forward":
+                own, kind = int(trace.forward_id, 16), otlp.CLIENT
+            else:
+                own, kind = span_id ^ (index + 1), otlp.INTERNAL
+            made.append(otlp.span(trace_id, own, span_id, stage.encode(), kind, begun, at))
+        return b"".join(made)
 
 
-class _Service(Resource):
-    """A resource that is hashed once: the SDK's hash is a JSON text, made again for every span."""
+class _Exporter(OTLPSpanExporter):
+    """Sends what `_Ended` makes, and counts the spans that the collector did not take. The connection, its headers and
+    second tries are the SDK's."""
 
-    def __init__(self, resource: Resource) -> None:
-        super().__init__(resource.attributes, resource.schema_url)
-        self._hash = super().__hash__()
-
-    def __hash__(self) -> int:
-        return self._hash
-
-
-class _Exporter(SpanExporter):
-    """Makes the spans, sends them, and counts the calls that the collector did not take."""
-
-    def __init__(self, inner: SpanExporter, resource: Resource) -> None:
-        self._inner = inner
-        self._resource = resource
+    def __init__(self, endpoint: str, resource: Resource) -> None:
+        super().__init__(endpoint=f"{endpoint}/v1/traces", timeout=5)
+        self._send = self._client.export  # not promised by the SDK, whose version is locked
+        self._resource = otlp.attributes(1, {name: str(value) for name, value in resource.attributes.items()})
         self.dropped = 0
 
     def export(self, spans: Sequence[Any]) -> SpanExportResult:
-        made = list(chain.from_iterable(ended.spans(self._resource) for ended in spans))
-        result = self._inner.export(made)
-        if result is not SpanExportResult.SUCCESS:
-            self.dropped += len(made)
-        return result
-
-    def shutdown(self) -> None:
-        self._inner.shutdown()
+        """Send a batch of ended calls."""
+        if self._send(otlp.request(self._resource, b"".join([ended.spans() for ended in spans]))).success:
+            return SpanExportResult.SUCCESS
+        self.dropped += sum(ended.count for ended in spans)
+        return SpanExportResult.FAILURE
 
 
 class Tracer:
@@ -164,7 +147,7 @@ class Tracer:
     def __init__(self, endpoint: str, slow_seconds: float, version: str) -> None:
         self._slow_seconds = slow_seconds
         resource = Resource.create({"service.name": "gateway", "service.version": version})
-        self._exporter = _Exporter(OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces", timeout=5), _Service(resource))
+        self._exporter = _Exporter(endpoint, resource)
         self._processor = BatchSpanProcessor(
             self._exporter, max_queue_size=2048, max_export_batch_size=128, export_timeout_millis=5000
         )

@@ -236,18 +236,20 @@ def _read_output(request: Request, head: Head, caps: Caps) -> None:
     request.max_output = wanted if wanted is not None else endpoint.default_output
     if caps.output_tokens and (request.max_output is None or request.max_output > caps.output_tokens):
         request.output_limit = caps.output_tokens
-    for name, value in (("n", head.n), ("best_of", head.best_of)):
-        if value is not None:
-            if not 1 <= value <= caps.n:
-                raise InvalidRequest(f"'{name}' must be between 1 and {caps.n}.", param=name)
-            request.n = max(request.n, value)
-    for name, value in (
-        ("logprobs", head.logprobs),
-        ("top_logprobs", head.top_logprobs),
-        ("prompt_logprobs", head.prompt_logprobs),
-    ):
-        if value is not None and int(value) > caps.logprobs:
-            raise InvalidRequest(f"'{name}' must be at most {caps.logprobs}.", param=name)
+    if head.n is not None or head.best_of is not None:
+        for name, value in (("n", head.n), ("best_of", head.best_of)):
+            if value is not None:
+                if not 1 <= value <= caps.n:
+                    raise InvalidRequest(f"'{name}' must be between 1 and {caps.n}.", param=name)
+                request.n = max(request.n, value)
+    if head.logprobs is not None or head.top_logprobs is not None or head.prompt_logprobs is not None:
+        for name, asked in (
+            ("logprobs", head.logprobs),
+            ("top_logprobs", head.top_logprobs),
+            ("prompt_logprobs", head.prompt_logprobs),
+        ):
+            if asked is not None and int(asked) > caps.logprobs:
+                raise InvalidRequest(f"'{name}' must be at most {caps.logprobs}.", param=name)
     if request.stream and head.stream_options:
         request.wants_usage = bool(head.stream_options.get("include_usage"))
         request.wants_running_usage = request.wants_usage and bool(head.stream_options.get("continuous_usage_stats"))

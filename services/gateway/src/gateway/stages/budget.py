@@ -206,18 +206,17 @@ class Budget:
         caller, request = call.caller, call.request
         assert caller is not None
         assert request is not None
-        if not (caller.limits.daily_tokens or caller.organisation_daily_tokens) or not call.endpoint.metered:
+        if not call.endpoint.metered:
             return False
-        limits = [(caller.limits.daily_tokens, self._account(caller))]
-        if caller.organisation is not None:
-            limits.append((caller.organisation_daily_tokens, self.organisation(caller.organisation)))
         output = self._outputs.default_output_tokens if request.max_output is None else request.max_output
         most = request.prompt_bound + request.n * output
-        today = self.days.today()
-        for limit, account in limits:
-            if limit and limit - account.day(today).used < most:
-                return True
-        return False
+        limit = caller.limits.daily_tokens
+        if limit and limit - self._account(caller).day(self.days.today()).used < most:
+            return True
+        limit = caller.organisation_daily_tokens
+        if not limit or caller.organisation is None:
+            return False
+        return limit - self.organisation(caller.organisation).day(self.days.today()).used < most
 
     def _raise_problem(self, caller: Caller) -> None:
         problem = self._keyring.problem(caller)

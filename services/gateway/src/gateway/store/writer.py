@@ -316,9 +316,8 @@ def _broken_off(record: UsageRecord) -> UsageRecord:
     """The record of an answer whose end its caller did not get, because it could not be recorded in time."""
     if record.outcome != Outcome.OK:
         return record
-    return msgspec.structs.replace(
-        record, outcome=Outcome.FAILED, code=LedgerUnavailable.code, status=LedgerUnavailable.status
-    )
+    why = LedgerUnavailable
+    return msgspec.structs.replace(record, outcome=Outcome.FAILED, code=why.code, status=why.status)
 
 
 def _resolve(answers: list[Answer]) -> None:
