@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
+from tests.doubles.machine import patience
 from tests.doubles.vllm import wait_until
 
 START_SECONDS = 30.0
@@ -90,7 +91,7 @@ class GatewayProcess:
         wait_until(
             "the gateway listens or ends",
             lambda: self._listening.is_set() or self.process.poll() is not None,
-            START_SECONDS,
+            patience(START_SECONDS),
         )  # type: ignore[union-attr]
         if not self._listening.is_set():
             self._reader.join(5)
@@ -98,7 +99,7 @@ class GatewayProcess:
                 f"the gateway did not start (exit {self.process.poll()}): {b''.join(self.raw)[-3000:]!r}"
             )
         if ready:
-            wait_until("the gateway is ready", lambda: self.get("/ready").status == 200, START_SECONDS)
+            wait_until("the gateway is ready", lambda: self.get("/ready").status == 200, patience(START_SECONDS))
         return self
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
