@@ -49,9 +49,16 @@ def test_our_bytes_say_what_the_sdk_says(trace_id: int, spans: list[dict[str, An
         status = Status() if span["error"] is None else Status(StatusCode.ERROR, span["error"])
         theirs.append(
             ReadableSpan(
-                name=span["name"], context=context, parent=parent, resource=resource, attributes=span["attributes"],
-                kind=KINDS[span["kind"]], status=status, start_time=span["start"], end_time=span["end"],
-            )  # fmt: skip
+                name=span["name"],
+                context=context,
+                parent=parent,
+                resource=resource,
+                attributes=span["attributes"],
+                kind=KINDS[span["kind"]],
+                status=status,
+                start_time=span["start"],
+                end_time=span["end"],
+            )
         )
         told = otlp.attributes(9, span["attributes"]) + otlp.status(span["error"])
         ours += otlp.span(

@@ -1,5 +1,8 @@
-"""Spans as OTLP's bytes (protobuf). The SDK's encoder makes some fifteen objects of each span: 25 µs, in a thread that takes
-Python's lock from the event loop for as long; this is a format string. A test compares the two, field by field."""
+"""Spans as OTLP's bytes (protobuf).
+
+The SDK's encoder makes some fifteen objects of each span: 25 µs, in a thread that takes Python's lock from the event
+loop for as long. This is a format string. A test compares the two, field by field.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def _varint(number: int) -> bytes:
 def field(number: int, payload: bytes) -> bytes:
     """A string, bytes or a message as field `number` (at most 15)."""
     size = len(payload)
-    return bytes((number << 3 | 2, size)) + payload if size < 128 else bytes((number << 3 | 2,)) + _varint(size) + payload
+    return (
+        bytes((number << 3 | 2, size)) + payload if size < 128 else bytes((number << 3 | 2,)) + _varint(size) + payload
+    )
 
 
 def attributes(number: int, values: Mapping[str, Value]) -> bytes:
@@ -67,7 +72,9 @@ def span(
     parent = b"" if parent_id is None else b'"\x08' + parent_id.to_bytes(8, "big")
     times = _TIMES.pack(b"\x39", start, b"\x41", end)
     tail = _REMOTE if remote else _LOCAL
-    return field(2, b"%b%b%b%b%b%b%b" % (ids, parent, field(5, name), bytes((0x30, kind)), times, told or status(None), tail))
+    return field(
+        2, b"%b%b%b%b%b%b%b" % (ids, parent, field(5, name), bytes((0x30, kind)), times, told or status(None), tail)
+    )
 
 
 def request(resource: bytes, spans: bytes) -> bytes:

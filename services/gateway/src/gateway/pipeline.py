@@ -211,7 +211,10 @@ class Pipeline:
 
 def _error_head(call: Call, error: GatewayError) -> bytes:
     retry = "".join([f"{name}: {value}\r\n" for name, value in error.headers().items()])
-    return answer.HEAD % (b"application/json", call.request_id.encode(), call.server_timing(), call.limit_lines) + retry.encode()
+    return (
+        answer.HEAD % (b"application/json", call.request_id.encode(), call.server_timing(), call.limit_lines)
+        + retry.encode()
+    )
 
 
 def outcome_of(error: GatewayError, *, running: bool) -> Outcome:
