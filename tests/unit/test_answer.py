@@ -1,5 +1,6 @@
 """Answers: streams stay byte for byte what the engine sent, less what only the gateway asked for."""
 
+import itertools
 import json
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_events_that_come_whole_are_what_they_are_in_pieces(
         whole.append(b"".join(events[:number]))
         events = events[number:]
     at = [0, *sorted(cuts), len(sent)]
-    assert fed([*whole, *end]) == fed([sent[a:b] for a, b in zip(at, at[1:], strict=False) if b > a])
+    assert fed([*whole, *end]) == fed([sent[a:b] for a, b in itertools.pairwise(at) if b > a])
 
 
 def test_an_answer_cut_at_its_limit_ends_there_also_among_whole_events():

@@ -58,7 +58,7 @@ def test_our_bytes_say_what_the_sdk_says(trace_id: int, spans: list[dict[str, An
                 status=status,
                 start_time=span["start"],
                 end_time=span["end"],
-            )  # fmt: skip
+            )
         )
         told = otlp.attributes(9, span["attributes"]) + otlp.status(span["error"])
         ours += otlp.span(

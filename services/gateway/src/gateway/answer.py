@@ -6,8 +6,9 @@ event of ours can follow any relayed byte, and the terminal event is kept back u
 The byte patterns below cannot be forged by generated text: inside a JSON string every quotation mark is escaped, so
 `"usage":` only ever stands for the field. They allow the spaces that engines other than vLLM write, and lines that end
 with CRLF are relayed as if they ended with LF. Patterns cost half of an event, so the event that nearly every other one
-is like - one more token of the only choice - is known by a few fixed bytes instead (`_token`). An engine that reports no running usage is counted by its deltas, a
-token each, until it says the true number. One that goes on after the limit that it was given is cut at that limit.
+is like - one more token of the only choice - is known by a few fixed bytes instead (`_token`). An engine that reports
+no running usage is counted by its deltas, a token each, until it says the true number. One that goes on after the limit
+that it was given is cut at that limit.
 """
 
 from __future__ import annotations

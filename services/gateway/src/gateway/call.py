@@ -109,8 +109,8 @@ class Hold:
 
 
 class UsageRecord(msgspec.Struct, frozen=True):
-    """One row of the ledger, in the order of its columns. Times are Unix seconds, durations seconds, tokens as the engine
-    counted them."""
+    """One row of the ledger, in the order of its columns. Times are Unix seconds, durations seconds, tokens as the
+    engine counted them."""
 
     request_id: str
     key_id: str

@@ -30,7 +30,8 @@ class Headers(dict[bytes, bytes]):
 class Client:
     """One request and its answer. Sending is a matter of one task at a time; `started` says whether a head is out.
 
-    `exchange` is our own connection protocol's side of the request, which does without messages and waiting where it can.
+    `exchange` is our own connection protocol's side of the request, which does without messages and waiting where it
+    can.
     An answer's headers are lines (`name: value\\r\\n`).
     """
 
@@ -130,7 +131,7 @@ class Client:
 
     @property
     def push(self) -> Callable[[bytes], bool]:
-        """Sends a part of the body without waiting. False: do not send more before `drained`. Keep it for many parts."""
+        """Sends a part of the body without waiting; False: do not send more before `drained`. Keep it for many."""
         return self._put_aside if self._exchange is None else self._exchange.push
 
     def _put_aside(self, data: bytes) -> bool:

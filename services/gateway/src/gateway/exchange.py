@@ -206,8 +206,8 @@ class Exchange:
         else:
             raise RuntimeError(f"unknown message {kind!r}")
 
-    # The same without messages and waiting, and with headers that are lines already (`name: value\r\n`, well-formed, none
-    # of them about framing or the connection). `scope["extensions"]["gateway.exchange"]` is this object.
+    # The same without messages and waiting, and with headers that are lines already (`name: value\r\n`, well-formed,
+    # none of them about framing or the connection). `scope["extensions"]["gateway.exchange"]` is this object.
 
     def begin(self, status: int, lines: bytes, length: int | None = None) -> None:
         """Start a response of `length` bytes, None: not known. Nothing is written before the first of them."""

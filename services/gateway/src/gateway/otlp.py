@@ -1,5 +1,8 @@
-"""Spans as OTLP's bytes (protobuf). The SDK's encoder makes some fifteen objects of each span: 25 µs, in a thread that takes
-Python's lock from the event loop for as long; this is a format string. A test compares the two, field by field."""
+"""Spans as OTLP's bytes (protobuf).
+
+The SDK's encoder makes some fifteen objects of each span: 25 µs, in a thread that takes Python's lock from the event
+loop for as long. This is a format string. A test compares the two, field by field.
+"""
 
 from __future__ import annotations
 

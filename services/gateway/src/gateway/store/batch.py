@@ -1,8 +1,8 @@
 """The statements of one group commit: many calls' rows in a few statements.
 
 SQLite gives Python's lock away at every statement, and getting it back from a busy event loop costs more than the
-statement. So rows travel in multi-row statements, and on SQLite a group of the usual kind, calls that have ended, is one
-statement in all, which is its own transaction (`schema.ENDED_CALLS`): Python's lock is away until the disk has it.
+statement. So rows travel in multi-row statements, and on SQLite a group of the usual kind, calls that have ended, is
+one statement in all, which is its own transaction (`schema.ENDED_CALLS`): Python's lock is away until the disk has it.
 """
 
 # ruff: noqa: S608 - only names of our own schema are put into statements; values are always parameters
