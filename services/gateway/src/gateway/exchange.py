@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gateway.protocol import Connection
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]
+_ASGI = {"version": "3.0", "spec_version": "2.1"}
 BODY_BUFFER_BYTES = 65_536  # request body waiting for the application; above, the socket is not read
 
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -92,6 +93,25 @@ class Exchange:
         self.task: asyncio.Task[None] | None = None
 
     # The connection's side
+
+    def scope(self, head: Head, client: Any, server: Any) -> dict[str, Any]:
+        """ASGI's scope of this request; `client` and `server` are (host, port)."""
+        return {
+            "type": "http",
+            "http_version": head.version,
+            "asgi": _ASGI,
+            "method": head.method,
+            "scheme": "http",
+            "path": head.path,
+            "raw_path": head.raw_path,
+            "query_string": head.query,
+            "root_path": "",
+            "headers": head.headers,
+            "client": client,
+            "server": server,
+            "state": {},
+            "extensions": {"gateway.exchange": self},
+        }
 
     async def run(self, conversation: Awaitable[None]) -> None:
         """Let the application answer; the connection goes on, or ends, when it returns."""

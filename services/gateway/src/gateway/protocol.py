@@ -34,7 +34,6 @@ DISCARD_BYTES = 262_144  # an unread body up to this is read and dropped to keep
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NEVER = float("inf")
 Relay = Callable[[Exchange, Head, tuple[str, int] | None], Awaitable[None] | None]
-_ASGI = {"version": "3.0", "spec_version": "2.1"}
 
 
 class Connections:
@@ -221,26 +220,9 @@ class Connection(asyncio.Protocol):
         if connections.relay is not None:
             conversation = connections.relay(exchange, head, self._peer)
         if conversation is None:
-            conversation = connections.application(self._scope(exchange, head), exchange.receive, exchange.send)
+            scope = exchange.scope(head, self._peer, self._server)
+            conversation = connections.application(scope, exchange.receive, exchange.send)
         exchange.task = self._loop.create_task(exchange.run(conversation))
-
-    def _scope(self, exchange: Exchange, head: Head) -> dict[str, Any]:
-        return {
-            "type": "http",
-            "http_version": head.version,
-            "asgi": _ASGI,
-            "method": head.method,
-            "scheme": "http",
-            "path": head.path,
-            "raw_path": head.raw_path,
-            "query_string": head.query,
-            "root_path": "",
-            "headers": head.headers,
-            "client": self._peer,
-            "server": self._server,
-            "state": {},
-            "extensions": {"gateway.exchange": exchange},
-        }
 
     def _feed(self, exchange: Exchange, data: bytes) -> None:
         left = exchange.body_left
