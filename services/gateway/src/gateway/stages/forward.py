@@ -28,6 +28,7 @@ from gateway.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from gateway.retry_budget import MOST_RETRIES, RetryBudget
 from gateway.upstream import BrokenConnection, ConnectError, Exchange, Route, Upstream
 
 if TYPE_CHECKING:
@@ -61,30 +62,6 @@ class _Silence:
         self.what = "before its first byte"
         self.quiet = True  # the relay waits for the engine, nothing is being written
         self.ping: asyncio.Task[None] | None = None
-
-
-MOST_RETRIES = 2  # of one call, however much of the budget is left
-
-
-class RetryBudget:
-    """At most `ratio` retries a call on the long run, and a few at once after a quiet time."""
-
-    def __init__(self, ratio: float, burst: float = 10.0) -> None:
-        self._ratio = ratio
-        self._burst = burst if ratio > 0 else 0.0
-        self._tokens = self._burst
-
-    def earn(self) -> None:
-        """A call was made."""
-        if self._tokens < self._burst:
-            self._tokens = min(self._burst, self._tokens + self._ratio)
-
-    def take(self) -> bool:
-        """Whether one more retry is allowed; takes it."""
-        if self._tokens < 1.0:
-            return False
-        self._tokens -= 1.0
-        return True
 
 
 class Forward:
