@@ -1,7 +1,8 @@
 """The contestants: how each is installed (in an environment of its own), started, and when it is ready.
 
-`BENCH_PYTHON` names another interpreter for our two, one that has the gateway's requirements: how CPython was built is worth
-a quarter of a call's instructions, and the images' one is built with optimisation (docs/profile.md).
+`BENCH_PYTHON` names another interpreter, one that has the gateway's requirements, for our two and for peers that are
+installed from then on: how CPython was built is worth a quarter of a call's instructions, and the images' one is built
+with optimisation (docs/profile.md).
 
 All get the same upstream and one core. Feature sets differ: ours and "plain Quart" run with keys, limits, a usage
 ledger, metrics, logs and 10 % of traces; LiteLLM with a master key; the routers relay without keys; nginx only relays.
@@ -57,7 +58,7 @@ def installed(program: str) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"bench: installing {VERSIONS[program]}", flush=True)
     with (folder.parent / f"{program}.log").open("wb") as log:
-        done = subprocess.run([sys.executable, "-m", "venv", folder], stdout=log, stderr=log, check=False).returncode
+        done = subprocess.run([PYTHON, "-m", "venv", folder], stdout=log, stderr=log, check=False).returncode
         pip = [folder / "bin/pip", "install", "-q", "--disable-pip-version-check", VERSIONS[program]]
         return done == 0 and subprocess.run(pip, stdout=log, stderr=log, check=False).returncode == 0
 
