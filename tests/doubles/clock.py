@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -56,3 +56,13 @@ def run_virtual(main: Coroutine[Any, Any, T]) -> T:
 def virtual_now() -> float:
     """The running loop's time, for code that takes a clock."""
     return asyncio.get_running_loop().time()
+
+
+def virtual(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run an async test in virtual time."""
+
+    def run() -> None:
+        run_virtual(test())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run

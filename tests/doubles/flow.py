@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import Any
 
@@ -75,3 +76,20 @@ def used(made: Call, prompt: int, completion: int) -> Call:
     made.usage.prompt = prompt
     made.usage.completion = completion
     return made
+
+
+def waiting(room: Capacity, made: Call) -> asyncio.Task[None]:
+    """A task that enters."""
+    made.task = asyncio.create_task(room.enter(made))
+    return made.task
+
+
+async def settle_down() -> None:
+    """Let everything that is ready run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def places(room: Capacity) -> int:
+    """Places taken in all engines."""
+    return sum(backend.in_flight for backend in room._registry.backends)
