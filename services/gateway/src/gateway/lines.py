@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 MAX_LINES = 20_000
-BATCH_SECONDS = 0.02  # lines wait at most this long, and leave in one write
+BATCH_SECONDS = 0.05  # lines wait at most this long, and leave in one write
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
@@ -45,18 +45,23 @@ class LineWriter:
             self._wake.set()
 
     def _run(self) -> None:
-        while True:
+        while not self._stop:
             self._wake.wait()
-            if not self._stop:
-                time.sleep(BATCH_SECONDS)
             self._wake.clear()
-            self._awake = False  # before the lines are taken: what comes from now on wakes again
-            stop = self._stop
-            self._drain()
-            if stop:
-                return
+            # While lines come it sleeps and writes: every further wait costs the event loop a change of thread.
+            while not self._stop:
+                time.sleep(BATCH_SECONDS)
+                if not self._drain():
+                    break
+            self._awake = False
+            if self._lines:  # one came before that could be seen
+                self._awake = True
+                self._wake.set()
+        self._drain()
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
+        """Write what there is; whether there was anything."""
+        found = bool(self._lines)
         while self._lines:
             batch = b"".join(self._lines.popleft() for _ in range(min(len(self._lines), 500)))
             view = memoryview(batch)
@@ -65,6 +70,7 @@ class LineWriter:
                     view = view[os.write(self._descriptor, view) :]
             except OSError:
                 self.dropped += batch.count(b"\n")  # the reader is gone; serving goes on
+        return found
 
     def close(self, seconds: float = 2.0) -> None:
         """Write what is left, waiting at most `seconds`."""

@@ -149,7 +149,8 @@ class Database:
             execute = cursor.execute
             if self.sqlite:
                 self._make_forms(execute)
-                run = execute
+                # One of "many" is not asked for its last row's id, which would give Python's lock away once more.
+                run = (lambda sql, parameters: cursor.executemany(sql, (parameters,))) if alone else execute
             else:
                 text = self._text
 

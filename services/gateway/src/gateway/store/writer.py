@@ -1,8 +1,10 @@
 """The one writer: a thread that commits what the event loop hands it, in groups.
 
-While one group is being committed the next one queues up, so the number of commits follows the disk and not the number
-of calls. If the database refuses, ended calls go to the spool (fsynced), new holds are refused, and the thread tries
-again until it has replayed the spool; only then are calls admitted again.
+The loop hands over one group at a time. While the thread commits it the next one gathers on the loop, so the number of
+commits follows the disk and not the number of calls, and the two threads meet a few times a group and not at each call:
+each time the thread wants Python's lock from a busy loop costs both of them. If the database refuses, ended calls go to
+the spool (fsynced), new holds are refused, and the thread tries again until it has replayed the spool; only then are
+calls admitted again.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from gateway.store.connection import Database, StoreLocked, StoreUnavailable
 SETTLE, HOLDS, ENERGY, WORK, STOP = range(5)
 _LARGEST_GROUP = 512
 # Where several calls end in one turn of the loop, more are about to: a moment of patience makes the groups larger, and
-# each group costs the event loop several hand-overs of Python's lock. A lone call never waits.
+# each group costs the event loop several changes of thread. A lone call never waits.
 _BUSY = 4
 _GATHER_SECONDS = 0.001
 _RETRY_SECONDS = 0.25
@@ -64,7 +66,9 @@ class Writer(threading.Thread):
         self._poll = poll
         self._poll_seconds = poll_seconds
         self._queue: SimpleQueue[list[Item]] = SimpleQueue()
-        self._handing: list[Item] = []  # what this turn of the loop has for the thread
+        self._next: list[Item] = []  # the loop's: what the thread gets with the next group
+        self._due: asyncio.Handle | None = None  # when it gets it; None while there is nothing, or no free thread
+        self._given = False  # the thread has a group that it has not answered
         self._unkept: list[Ended] = []  # neither the database nor the spool took them yet
         self._durable: bool | None = None  # what the connection is set to; None = not known
         self._busy_since: float | None = None  # monotonic; None = nothing is being written
@@ -88,15 +92,35 @@ class Writer(threading.Thread):
 
     def send(self, kind: int, payload: Any, future: Future | None = None) -> None:
         """Queue one piece of work that nobody waits for."""
-        if not self._handing:
-            # Waking the thread is dear: once a turn of the loop, for all calls that end in it.
-            self._loop.call_soon(self._hand_over)
-        self._handing.append((kind, payload, future))
+        self._next.append((kind, payload, future))
+        if self._due is None and not self._given:
+            self._due = self._loop.call_soon(self._gather)
 
     def stop(self) -> None:
         """Let the thread end after what is queued."""
-        self._handing.append((STOP, None, None))
-        self._hand_over()
+        self._next.append((STOP, None, None))
+        self._queue.put(self._next)
+        self._next = []
+
+    def _gather(self) -> None:
+        if len(self._next) < _BUSY:
+            self._hand_over()
+        else:
+            self._due = self._loop.call_later(_GATHER_SECONDS, self._hand_over)
+
+    def _hand_over(self) -> None:
+        self._due = None
+        if self._next:
+            self._given = True
+            self._queue.put(self._next[:_LARGEST_GROUP])
+            del self._next[:_LARGEST_GROUP]
+
+    def _answered(self, answers: list[Answer]) -> None:
+        """The thread is free again: tell those who still wait, and let it have what has gathered."""
+        self._given = False
+        _resolve(answers)
+        if self._next and self._due is None:
+            self._due = self._loop.call_soon(self._gather)
 
     def watch(self) -> None:
         """Now and then: whoever waits for a group that does not end is told so, and nobody is admitted until it has."""
@@ -108,7 +132,7 @@ class Writer(threading.Thread):
         self.healthy = False  # the thread heals it when it is back
         self.problem = "the database does not answer"
         refusal = StoreUnavailable(self.problem)
-        waiting = self._current + [item for items in self._stalled() for item in items]
+        waiting = self._current + [item for items in self._stalled() for item in items] + self._next
         _resolve([(future, None, refusal) for _, _, future in waiting if future is not None])
 
     def _stalled(self) -> list[list[Item]]:
@@ -118,11 +142,6 @@ class Writer(threading.Thread):
             found.append(self._queue.get())
             self._queue.put(found[-1])
         return found
-
-    def _hand_over(self) -> None:
-        if self._handing:
-            self._queue.put(self._handing)
-            self._handing = []
 
     @property
     def aside(self) -> int:
@@ -184,17 +203,9 @@ class Writer(threading.Thread):
     def _take(self) -> list[Item]:
         wake = self._next_poll if self.healthy else self._next_try
         try:
-            items = self._queue.get(timeout=max(0.0, wake - time.monotonic()))
+            return self._queue.get(timeout=max(0.0, wake - time.monotonic()))
         except Empty:
             return []
-        if len(items) >= _BUSY:
-            time.sleep(_GATHER_SECONDS)
-        while len(items) < _LARGEST_GROUP and items[-1][0] != STOP:
-            try:
-                items += self._queue.get_nowait()
-            except Empty:
-                break
-        return items
 
     def _group(self, items: Sequence[Item]) -> None:
         answers: list[Answer] = []
@@ -252,10 +263,8 @@ class Writer(threading.Thread):
             batch.write(self._database, group)
 
     def _answer(self, answers: list[Answer]) -> None:
-        if not answers:
-            return
         try:
-            self._loop.call_soon_threadsafe(_resolve, answers)
+            self._loop.call_soon_threadsafe(self._answered, answers)
         except RuntimeError:
             logger.warning("store_answers_unread", answers=len(answers))  # the loop has gone; the rows are safe
 
