@@ -86,6 +86,12 @@ class Days:
             self._turn(now)
         return self._today
 
+    def of(self, account: Account) -> Day:
+        """The running day of `account`."""
+        if not self._start <= self._clock() < self._end:
+            self._turn(self._clock())
+        return account._days.get(self._today) or account.day(self._today)
+
     def seconds_left(self) -> float:
         """Seconds until the next day begins."""
         now = self._clock()

@@ -169,11 +169,11 @@ def blueprint(
 def usage_of(budget: Budget, key_id: str) -> dict[str, Any]:
     """What a key has used today, holds and has left; limits null where there are none. Times are Unix seconds."""
     caller = budget.caller(key_id)
-    day = budget.account(key_id).day(budget.days.today())
+    day = budget.days.of(budget.account(key_id))
     limit = caller.limits.daily_tokens if caller is not None else 0
     organisation = None
     if caller is not None and caller.organisation is not None:
-        of = budget.organisation(caller.organisation).day(budget.days.today())
+        of = budget.days.of(budget.organisation(caller.organisation))
         quota = caller.organisation_daily_tokens
         organisation = {
             "name": caller.organisation,

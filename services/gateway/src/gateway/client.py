@@ -54,6 +54,8 @@ class Client:
 
     async def body(self, limit: int) -> bytes:
         """The whole body. Raises `RequestTooLarge` above `limit` bytes and `ClientGone` when it breaks off."""
+        if self._exchange is not None and (whole := self._exchange.whole_body()) is not None and len(whole) <= limit:
+            return whole  # type: ignore[no-any-return]
         too_large = f"The body is larger than the limit of {limit} bytes."
         length = self.headers.get(b"content-length")
         if length is not None:
@@ -61,8 +63,6 @@ class Client:
                 raise InvalidRequest("Content-Length is not a number.")
             if int(length) > limit:
                 raise RequestTooLarge(too_large)
-        if self._exchange is not None and (whole := self._exchange.whole_body()) is not None and len(whole) <= limit:
-            return whole  # type: ignore[no-any-return]
         parts: list[bytes] = []
         size = 0
         while True:

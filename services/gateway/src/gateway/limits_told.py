@@ -78,7 +78,7 @@ def lines(limits: Limits, account: Account, days: Days, now: float) -> bytes:
     if rate is not None:
         left, limit, reset = rate.remaining(account.tokens_tat, now), rate.limit, account.tokens_tat - now
     if limits.daily_tokens:
-        day = account.day(days.today())
+        day = days.of(account)
         today = limits.daily_tokens - day.used - day.held
         if left is None or today < left:
             left, limit, reset = today if today > 0 else 0, limits.daily_tokens, days.seconds_left()

@@ -212,13 +212,15 @@ class Answer:
         """Something came: hand it on, or wake who waits for it."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
-            if self._take is None:
+            take = self._take
+            if take is None:
                 if self.status or self.error is not None:
                     waiter.set_result(None)
             else:
                 try:
-                    if self._hand_over(self._take):
+                    if self._hand_over(take):
                         waiter.set_result(None)
+                    return
                 except Exception as error:  # of the call's; it is raised where the call waits
                     waiter.set_exception(error)
         if len(self.pieces) > 1 and sum(map(len, self.pieces)) > READ_BUFFER_BYTES and self._link is not None:

@@ -110,7 +110,7 @@ class Telemetry:
         self._writer = writer
         self._known_model = known_model
         self._children: dict[tuple[str, str], _Children] = {}
-        self._stages = {stage: child.new for stage, child in metrics.stage_children.items()}
+        self._stages: list[dict[str, float]] = []  # of ended calls, not in their histograms yet
         self._lag = 0.0
         self.on_end: Callable[[Call], None] | None = None  # who else wants to know of ended calls
         endpoint = settings.otel_exporter_otlp_endpoint
@@ -157,17 +157,19 @@ class Telemetry:
         if usage.known:
             children.prompt.value += usage.prompt
             children.completion.value += usage.completion
-        stages = self._stages
-        for stage, seconds in call.stage_seconds.items():  # `observe`, without the call
-            stages[stage].append(seconds)
-        if len(stages["auth"]) >= MOST_NEW:
-            for child in self._metrics.stage_children.values():
-                child.settle()
-        waited = call.stage_seconds.get("capacity")
-        if waited is not None:
-            self._metrics.queue_seconds.observe(waited)
+        self._stages.append(call.stage_seconds)
+        if len(self._stages) >= MOST_NEW:
+            self._settle_stages()
         if outcome is Outcome.REFUSED and call.error is not None:
             self._metrics.refusals.labels(call.error.code).inc()
+
+    def _settle_stages(self) -> None:
+        """Bring the stages of ended calls into their histograms, many at a time."""
+        metrics = self._metrics
+        for stage, child in (*metrics.stage_children.items(), ("capacity", metrics.queue_seconds)):
+            child.new += [seconds[stage] for seconds in self._stages if stage in seconds]
+            child.settle()
+        self._stages.clear()
 
     def fault(self, call: Call, error: BaseException) -> None:
         """Log a fault of ours, once, with its traceback."""
@@ -178,7 +180,8 @@ class Telemetry:
         logger.opt(exception=error).bind(request_id=request_id).error("route_fault")
 
     def refresh(self) -> None:
-        """Bring the counters of what was dropped up to date; called before each exposition."""
+        """Bring up to date what is not counted call by call; called before each exposition."""
+        self._settle_stages()
         _advance(self._metrics.log_dropped, self._writer.dropped)
         if self._tracer is not None:
             _advance(self._metrics.spans_dropped, self._tracer.dropped)

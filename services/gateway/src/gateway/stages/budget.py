@@ -136,7 +136,7 @@ class Budget:
         account = self._account(caller)
         refusals = limits_told.refusals(call, caller.limits, account, self._addresses, 0, self._now())
         quota = caller.limits.daily_tokens
-        if quota and call.endpoint.metered and account.day(self.days.today()).used >= quota:
+        if quota and call.endpoint.metered and self.days.of(account).used >= quota:
             refusals.append(limits_told.exhausted("daily_tokens", 0, self.days))
         if refusals:
             call.limit_lines = self.headers(call)
@@ -155,7 +155,7 @@ class Budget:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.")
         now = self._now()
         account = self._account(caller)
-        day = account.day(self.days.today())
+        day = self.days.of(account)
         refusals = limits_told.refusals(call, caller.limits, account, self._addresses, wanted.likely, now)
         organisation = self.organisation(caller.organisation) if caller.organisation is not None else None
         metered = call.endpoint.metered
@@ -211,12 +211,12 @@ class Budget:
         output = self._outputs.default_output_tokens if request.max_output is None else request.max_output
         most = request.prompt_bound + request.n * output
         limit = caller.limits.daily_tokens
-        if limit and limit - self._account(caller).day(self.days.today()).used < most:
+        if limit and limit - self.days.of(self._account(caller)).used < most:
             return True
         limit = caller.organisation_daily_tokens
         if not limit or caller.organisation is None:
             return False
-        return limit - self.organisation(caller.organisation).day(self.days.today()).used < most
+        return limit - self.days.of(self.organisation(caller.organisation)).used < most
 
     def _raise_problem(self, caller: Caller) -> None:
         problem = self._keyring.problem(caller)
