@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from loguru import logger
@@ -34,14 +33,6 @@ from gateway.head import HEAD_BYTES, MALFORMED, Head, Refused, parse_head
 DISCARD_BYTES = 262_144  # an unread body up to this is read and dropped to keep the connection
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NEVER = float("inf")
-if sys.version_info >= (3, 12):
-
-    def _begun(conversation: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that has run until it had to wait."""
-        return asyncio.Task(conversation, loop=asyncio.get_running_loop(), eager_start=True)
-else:
-    _begun = asyncio.create_task  # it starts with the loop's next turn
-
 Relay = Callable[[Exchange, Head, tuple[str, int] | None], Awaitable[None] | None]
 
 
@@ -172,16 +163,12 @@ class Connection(asyncio.Protocol):
             if self._discard:
                 return
         self._buffer = self._buffer + data if self._buffer else data
-        self._next_request(at_once=True)
+        self._next_request()
 
     # Requests
 
-    def _next_request(self, at_once: bool = False) -> None:
-        """Start the next exchange if its head has come whole; else set the deadline for what is missing.
-
-        `at_once`: a relayed call runs until it has to wait, before anything else that this turn of the loop has to do:
-        else a new call waits for the events of all streams that came in the same turn.
-        """
+    def _next_request(self) -> None:
+        """Start the next exchange if its head has come whole; else set the deadline for what is missing."""
         buffer = self._buffer
         while buffer[:2] == b"\r\n":  # empty lines before a request are ignored (RFC 9112, 2.2)
             buffer = buffer[2:]
@@ -198,7 +185,7 @@ class Connection(asyncio.Protocol):
             self._refuse(error.status, error.message)
             return
         self._buffer = b""
-        self._start(head, buffer[end:], at_once)
+        self._start(head, buffer[end:])
 
     def _wait_for_head(self, buffer: bytes) -> None:
         if not buffer or buffer == b"\r":
@@ -215,7 +202,7 @@ class Connection(asyncio.Protocol):
                 self.deadline = self._loop.time() + self._connections.bounds.head_seconds
             self._scanned = max(1, len(buffer) - 3)
 
-    def _start(self, head: Head, rest: bytes, at_once: bool) -> None:
+    def _start(self, head: Head, rest: bytes) -> None:
         exchange = self._exchange = Exchange(self, head)
         if head.length:
             if head.length < 0:
@@ -235,10 +222,7 @@ class Connection(asyncio.Protocol):
         if conversation is None:
             scope = exchange.scope(head, self._peer, self._server)
             conversation = connections.application(scope, exchange.receive, exchange.send)
-            at_once = False
-        task = (_begun if at_once else self._loop.create_task)(exchange.run(conversation))
-        if not task.done():
-            exchange.task = task
+        exchange.task = self._loop.create_task(exchange.run(conversation))
 
     def _feed(self, exchange: Exchange, data: bytes) -> None:
         left = exchange.body_left

@@ -29,10 +29,6 @@ from gateway.store.connection import Database, StoreLocked, StoreUnavailable
 
 SETTLE, HOLDS, ENERGY, WORK, STOP = range(5)
 _LARGEST_GROUP = 512
-# Where several calls end in one turn of the loop, more are about to: a moment of patience makes the groups larger, and
-# each group costs the event loop several changes of thread. A lone call never waits.
-_BUSY = 4
-_GATHER_SECONDS = 0.001
 _RETRY_SECONDS = 0.25
 _LONGEST_RETRY_SECONDS = 2.0
 COMMIT_SECONDS = 5.0  # what a group may take at PostgreSQL
@@ -94,19 +90,13 @@ class Writer(threading.Thread):
         """Queue one piece of work that nobody waits for."""
         self._next.append((kind, payload, future))
         if self._due is None and not self._given:
-            self._due = self._loop.call_soon(self._gather)
+            self._due = self._loop.call_soon(self._hand_over)  # for all calls that end in this turn
 
     def stop(self) -> None:
         """Let the thread end after what is queued."""
         self._next.append((STOP, None, None))
         self._queue.put(self._next)
         self._next = []
-
-    def _gather(self) -> None:
-        if len(self._next) < _BUSY:
-            self._hand_over()
-        else:
-            self._due = self._loop.call_later(_GATHER_SECONDS, self._hand_over)
 
     def _hand_over(self) -> None:
         self._due = None
@@ -119,8 +109,8 @@ class Writer(threading.Thread):
         """The thread is free again: tell those who still wait, and let it have what has gathered."""
         self._given = False
         _resolve(answers)
-        if self._next and self._due is None:
-            self._due = self._loop.call_soon(self._gather)
+        if self._due is None:
+            self._hand_over()
 
     def watch(self) -> None:
         """Now and then: whoever waits for a group that does not end is told so, and nobody is admitted until it has."""
