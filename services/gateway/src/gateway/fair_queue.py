@@ -183,7 +183,7 @@ class FairQueue:
             self.accounts.pop(account.key, None)
 
     def _look_back(self) -> None:
-        """Forget keys that the virtual time has overtaken since their last call ended, which no call of theirs will tell.
+        """Forget keys that the virtual time has overtaken since their last call ended: no call of theirs tells.
 
         Two looks for each new key: what is kept follows the keys in use, however many come and go.
         """
