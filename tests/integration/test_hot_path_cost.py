@@ -30,9 +30,11 @@ STREAM_EVENT = 25  # … and for one relayed event, when each comes by itself; t
 
 
 class Counted:
-    """A gateway that counts."""
+    """A gateway that counts, as `program` says what."""
 
-    def __init__(self, engine: VllmDouble, folder: Path) -> None:
+    def __init__(
+        self, engine: VllmDouble, folder: Path, program: str = "counted_gateway", **environment_too: str
+    ) -> None:
         self._report = folder / "count"
         self.log = folder / "log"
         environment = {
@@ -47,8 +49,9 @@ class Counted:
             "DEFAULT_CONCURRENCY": "1000",
             "IP_REQUESTS_PER_MINUTE": "10000000",
             "DRAIN_SECONDS": "0",
+            **environment_too,
         }
-        argv = [sys.executable, "-m", "tests.doubles.counted_gateway", str(self._report)]
+        argv = [sys.executable, "-m", f"tests.doubles.{program}", str(self._report)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
 

@@ -166,3 +166,14 @@ def test_the_heap_stays_small_however_often_accounts_move() -> None:
         queue.settle(extra, 3.0)
 
     assert sum(len(heap) for heap in queue._heaps.values()) <= 128
+
+
+def test_keys_that_come_once_are_forgotten_when_the_others_have_caught_up() -> None:
+    queue = FairQueue()
+    for number in range(1000):
+        for key in ("steady", f"passing {number}"):
+            once = ticket(number, key, 10)
+            queue.charge(once)
+            queue.settle(once, 10)
+
+    assert len(queue.accounts) < 10, "what is kept follows the keys in use, not all there ever were"

@@ -72,7 +72,7 @@ class FairQueue:
         self.time = 0.0
         self.calls = 0
         self.tokens = 0.0
-        self.accounts: dict[str, Account] = {}
+        self.accounts: OrderedDict[str, Account] = OrderedDict()
         self._heaps: dict[Pool, list[tuple[float, int, int, Account]]] = {}
         self._pushes = 0
 
@@ -164,6 +164,7 @@ class FairQueue:
     def _account(self, ticket: Ticket) -> Account:
         account = self.accounts.get(ticket.key)
         if account is None:
+            self._look_back()
             account = self.accounts[ticket.key] = Account(ticket.key, ticket.weight)
         account.weight = ticket.weight
         return account
@@ -180,6 +181,16 @@ class FairQueue:
         # An account at or below the virtual time says nothing that a new one would not say.
         if not account.calls and not account.running and account.tag <= self.time:
             self.accounts.pop(account.key, None)
+
+    def _look_back(self) -> None:
+        """Forget keys that the virtual time has overtaken since their last call ended: no call of theirs tells.
+
+        Two looks for each new key: what is kept follows the keys in use, however many come and go.
+        """
+        for _ in range(min(2, len(self.accounts))):
+            key = next(iter(self.accounts))
+            self.accounts.move_to_end(key)
+            self._forget(self.accounts[key])
 
     def longest(self) -> Account | None:
         """The key with the most waiting calls for its weight."""

@@ -39,7 +39,7 @@ class Link(asyncio.Protocol):
         self._connection = connection  # aiohttp's receipt
         self._handler = connection.protocol  # aiohttp's protocol, which must hear of the end
         self._transport = connection.transport
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._answer: Answer | None = None
         self._head_bytes = 0
         self._paused = False
@@ -136,6 +136,7 @@ class Link(asyncio.Protocol):
             answer.arrived()
         self._handler.connection_lost(exc)
         self.close()
+        self._parser = None  # it knows our callbacks
 
     def _drop(self) -> None:
         """An idle connection that speaks would answer the next call with somebody else's bytes."""

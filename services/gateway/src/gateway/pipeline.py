@@ -127,7 +127,10 @@ class Pipeline:
             self._budget.release(call)
             self.calls.pop(call.request_id, None)
             self._telemetry.end(call)
-            call.task = call.answer = call.grant = None  # nothing may keep a finished call alive
+            # Nothing may keep a finished call alive: an error's traceback leads back here and to who kept the error.
+            if call.error is not None:
+                call.error.__traceback__ = None
+            call.task = call.answer = call.grant = call.error = call.cause = None
 
     def _reserve(self, client: Client) -> int:
         """Take room for the body among all bodies in flight; the length is known, or it is taken to be the largest."""

@@ -113,6 +113,7 @@ class FastServer(_StockServer):
     async def run(self) -> None:
         """Hand the transport over and wait for the connection's end."""
         transport: Any = self.writer.transport
+        streams = transport.get_protocol()
         connection = Connection(self.config.connections, self.loop)  # type: ignore[attr-defined]
         ended = self.reader.at_eof()
         transport.set_protocol(connection)
@@ -120,6 +121,7 @@ class FastServer(_StockServer):
         # Bytes that came before this task ran are in the stream reader; at its end of file reading never waits.
         self.reader.feed_eof()
         early = await self.reader.read()
+        streams.connection_lost(None)  # for asyncio's streams it ends here: they refer to each other until they hear so
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()  # the stream reader paused it because of a large body, or it is at its end
         if early:

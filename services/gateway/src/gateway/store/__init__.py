@@ -42,6 +42,7 @@ _SWEEP_SECONDS = 60.0
 _WATCH_SECONDS = 0.25
 _READ_SECONDS = 40.0  # PostgreSQL itself ends a statement after 30
 _RECENT_IDS = 16_384  # request ids that are remembered at least, and at most twice as many
+_MARK = (1 << 60) - 1  # a number of so many bits takes 32 bytes, a request id's text 96
 _START_SECONDS = 120.0  # a large spool takes a while
 _OWNERSHIP_PATIENCE = 3.0  # PostgreSQL needs a moment to see that a killed gateway has gone
 
@@ -70,8 +71,8 @@ class Store:
         self._database = Database(settings.database_url, busy_seconds=2.0)
         self._spool = Spool(spool_folder(self._database, settings.spool_dir))
         self._journal = Journal(journal_path(self._database, self._spool.path.parent))
-        self._recent: set[str] = set()
-        self._before: set[str] = set()
+        self._recent: set[int] = set()  # of request ids, their hashes
+        self._before: set[int] = set()
         self._writer: Writer | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -178,7 +179,8 @@ class Store:
 
     def knows(self, request_id: str) -> bool:
         """Whether a call with this request id has ended here not long ago."""
-        return request_id in self._recent or request_id in self._before
+        mark = hash(request_id) & _MARK
+        return mark in self._recent or mark in self._before
 
     def hold(self, held: Held) -> Slot:
         """Keep a call from now on, whatever happens to this process. Raises `StoreUnavailable` if there is no room."""
@@ -200,7 +202,7 @@ class Store:
     def _remember(self, request_id: str) -> None:
         if len(self._recent) >= _RECENT_IDS:
             self._before, self._recent = self._recent, set()
-        self._recent.add(request_id)
+        self._recent.add(hash(request_id) & _MARK)
 
     def note(self, calls: Iterable[tuple[Held, float, Usage]]) -> None:
         """Tell the database what calls under way hold, their leases (Unix seconds), and what they have used."""

@@ -64,7 +64,7 @@ class Database:
                     "journal_mode": "wal",
                     "synchronous": "full",
                     "wal_autocheckpoint": 2000,
-                    "cache_size": -16_000,
+                    "cache_size": -4_000,  # KiB, for each connection; decision 0171
                 },
                 lock_type="IMMEDIATE",
                 timeout=busy_seconds,
