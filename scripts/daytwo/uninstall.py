@@ -24,7 +24,7 @@ def remove_project(place: ComposePlace) -> None:
     if images - used:
         run("docker", "image", "rm", "--force", *sorted(images - used))
     if used:
-        print(f"uninstall: {len(used)} images stay: containers of another project use them", flush=True)
+        print(f"uninstall: images that stay, because other containers use them: {len(used)}", flush=True)
 
 
 def confirmed(what: str) -> bool:
