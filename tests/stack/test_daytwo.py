@@ -187,10 +187,9 @@ def island(docker: list[str], tmp_path: Path) -> Iterator[Appliance]:
         (cache / name).symlink_to(Path(engine) / name)
     environment = {**os.environ, "APPLIANCE_CACHE": str(cache)}
     script = f"ip link set lo up; exec {STANDIN} start"
-    log = (tmp_path / "start.log").open("w")
-    subprocess.run(
-        ["unshare", "--net", "sh", "-c", script], env=environment, check=True, timeout=120, stdout=log, stderr=log
-    )
+    with (tmp_path / "start.log").open("w") as log:  # a pipe would be held open by the daemon
+        words = ["unshare", "--net", "sh", "-c", script]
+        subprocess.run(words, env=environment, check=True, timeout=120, stdout=log, stderr=log)
     one = Appliance(left_out=docker, settings={"APPLIANCE_CACHE": str(cache)})
     yield one
     subprocess.run([STANDIN, "stop"], env=environment, check=True, timeout=300)
@@ -215,18 +214,8 @@ def test_an_appliance_starts_from_a_bundle_without_any_network(
 
     def inside(*words: str) -> str:
         address = f"https://127.0.0.1:{island.settings['HTTPS_PORT']}"
-        command = [
-            "nsenter",
-            "--net",
-            "--target",
-            daemon,
-            "curl",
-            "-sk",
-            "--max-time",
-            "120",
-            address + words[0],
-            *words[1:],
-        ]
+        asked = ("curl", "-sk", "--max-time", "120", address + words[0], *words[1:])
+        command = ["nsenter", "--net", "--target", daemon, *asked]
         return subprocess.run(command, capture_output=True, text=True).stdout
 
     until("a call would be admitted", lambda: '"ready"' in inside("/ready", "-f"), 600)
