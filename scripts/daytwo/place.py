@@ -74,7 +74,9 @@ class ComposePlace:
 
     def containers(self, all_of_them: bool = True) -> list[dict[str, object]]:
         """What `docker inspect` says of the project's containers."""
-        ids = run("docker", "ps", "-q", *(["-a"] if all_of_them else []), "--filter", self._label()).split()
+        # Whatever runs from an image of ours has the image's labels: only Compose's own containers have this one.
+        ours = ("--filter", self._label(), "--filter", "label=com.docker.compose.oneoff=False")
+        ids = run("docker", "ps", "-q", *(["-a"] if all_of_them else []), *ours).split()
         return list(json.loads(run("docker", "inspect", *ids))) if ids else []
 
     def volumes(self) -> dict[str, str]:

@@ -12,7 +12,8 @@ from scripts.daytwo.settings import REPOSITORY
 def remove_project(place: ComposePlace) -> None:
     """Everything that bears the project's label, and nothing that another project uses."""
     label = f"label=com.docker.compose.project={place.project}"
-    containers = run("docker", "ps", "-aq", "--filter", label).split()
+    # Whatever runs from an image of ours has the image's labels: only Compose's own containers have this one.
+    containers = run("docker", "ps", "-aq", "--filter", label, "--filter", "label=com.docker.compose.oneoff").split()
     if containers:
         run("docker", "rm", "--force", "--volumes", *containers)
     for kind in ("network", "volume"):

@@ -38,9 +38,10 @@ def second(appliance: Appliance) -> Iterator[Appliance]:
 
 
 def listed(appliance: Appliance, kind: str) -> set[str]:
-    """What Docker has of a kind that bears the appliance's label."""
+    """What Docker has of a kind that is the appliance's; a container that only runs one of its images is not."""
     label = f"label=com.docker.compose.project={appliance.project}"
-    return set(appliance.docker(*LISTS[kind], "--filter", label).split())
+    made = ("--filter", "label=com.docker.compose.oneoff") if kind == "container" else ()
+    return set(appliance.docker(*LISTS[kind], "--filter", label, *made).split())
 
 
 def nameless(appliance: Appliance, containers: set[str]) -> set[str]:
@@ -87,7 +88,7 @@ def test_uninstall_removes_one_appliance_and_touches_no_other(
     for name in ("backups", "upgrades"):
         (state / name).mkdir(parents=True)
     (state / "deployed.json").write_text('{"mode": "cpu"}')
-    # A program of somebody else runs from one of its images, as a second appliance of the same version would.
+    # A program of somebody else runs from one of its images, and has the image's labels.
     borrowed = str(second.inspect("gateway")["Image"])
     words = ("run", "--detach", "--network", "none", "--entrypoint", "sleep", borrowed, "3600")
     borrower = appliance.docker(*words).strip()
