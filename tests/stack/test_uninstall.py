@@ -105,6 +105,8 @@ def removes_it_alone(appliance: Appliance, second: Appliance, state: Path, borro
     assert all(own.values()), own
     own["volume"] |= nameless(second, own["container"])
     assert borrowed in own["image"]
+    place = f"from scripts.daytwo.place import ComposePlace as P; print(*(c['Id'] for c in P('{second.project}').containers()))"
+    assert set(second.run("python3", "-c", place).split()) == own["container"], "a verb would take others for its own"
     held = sorted(path.name for path in state.iterdir())
     for answer, words in ((None, "YES=1"), ("no\n", "nothing was removed"), ("\x04", "nothing was removed")):
         told = uninstall(second, state, answer)
