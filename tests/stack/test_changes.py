@@ -46,14 +46,17 @@ def test_certificate_replaced_while_serving(appliance: Appliance, alarms: Alarms
     def replaced() -> float:
         struck = time.monotonic()
         harm.replace_certificate(folder, days=1)
-        with Load(appliance.edge, callers=2, tokens=200) as streams:
+        with Load(appliance.edge, callers=2, tokens=200, patience=600) as streams:
             until("the new certificate is served", lambda: served(address) not in ("", old), KEEPER)
             seen = time.monotonic()
             NOTES.append(f"stack: the operator's certificate was served {seen - struck:.0f} s after it was put there")
-            until("calls go on", lambda: len(streams.whole_since(seen)) >= 2, 240)
+            until("calls go on", lambda: len(streams.whole_since(seen)) >= 2, 600)
             across = [call for call in streams.calls if call.began < seen < call.ended]
         assert across, "no stream ran across the change"
-        assert all(call.whole for call in streams.calls), [c.answer.error for c in streams.calls if not c.whole]
+        broken = [(c.stream, round(c.ended - c.began), c.answer) for c in streams.calls if not c.whole]
+        assert not broken, broken
+        longest = max(call.ended - call.began for call in streams.calls)
+        NOTES.append(f"stack: {len(streams.calls)} calls of 200 tokens across that change took up to {longest:.0f} s")
         return struck
 
     try:
