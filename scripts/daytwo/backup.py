@@ -9,7 +9,8 @@ from pathlib import Path
 
 from scripts.daytwo import archive
 from scripts.daytwo.archive import Manifest
-from scripts.daytwo.place import REPOSITORY, STATE, Place, PlaceError, find, run, told
+from scripts.daytwo.place import STATE, Place, PlaceError, find, run, told
+from scripts.daytwo.settings import REPOSITORY, setting
 
 VERSION = Path(__file__).with_name("VERSION")
 
@@ -78,7 +79,7 @@ def backup_verb() -> int:
     target = Path(os.environ.get("TO") or STATE / "backups" / f"appliance-{stamp}.tar").resolve()
     if target.is_dir():
         target /= f"appliance-{stamp}.tar"
-    if os.environ.get("DATABASE_URL", "").startswith("postgresql"):
+    if setting("DATABASE_URL").startswith("postgresql"):
         print(
             "backup: keys and ledger are in PostgreSQL: back them up with pg_dump; this file has all else", flush=True
         )

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from scripts.daytwo import archive
 from scripts.daytwo.backup import version
-from scripts.daytwo.place import REPOSITORY, ComposePlace, PlaceError, project_name, run, told
+from scripts.daytwo.place import ComposePlace, PlaceError, project_name, run, told
+from scripts.daytwo.settings import REPOSITORY, folder, setting
 
 SUMS = "SHA256SUMS"
+PARTS = ("appliance.tar", "bundle.json", "images.tar", "models.tar")
 FILES = {"gpu": ["compose.yaml"], "cpu": ["compose.yaml", "compose.cpu.yaml"]}
 
 
@@ -27,7 +29,7 @@ def compose(mode: str, *words: str, quiet: bool = True) -> str:
 
 def chosen_mode() -> str:
     """MODE, or what this machine would run."""
-    mode = os.environ.get("MODE") or ("gpu" if shutil.which("nvidia-smi") else "cpu")
+    mode = setting("MODE") or ("gpu" if shutil.which("nvidia-smi") else "cpu")
     if mode not in FILES:
         raise PlaceError(f"MODE={mode}: a bundle is made for gpu or cpu")
     return mode
@@ -55,6 +57,13 @@ def gateway_image(images: list[str]) -> str:
     return next(image for image in images if image.partition(":")[0].endswith("/gateway"))
 
 
+def models_place(images: list[str]) -> ComposePlace:
+    """The appliance with its models: a volume, or the folder that MODEL_CACHE_DIR names."""
+    own = folder("MODEL_CACHE_DIR")
+    folders = {"models": str(own.resolve())} if own else {}
+    return ComposePlace(project_name(), image=gateway_image(images), folders=folders)
+
+
 def make_images(mode: str, services: list[str], images: list[str]) -> None:
     """Builds what is built and pulls what is missing. Raises `PlaceError` naming what cannot be had."""
     compose(mode, "build", "--quiet", *services, quiet=False)
@@ -78,17 +87,19 @@ def bundle(target: Path) -> None:
     run("docker", "image", "save", "--output", target / "images.tar", *images)
     print("bundle: saving the model", flush=True)
     fetch_model(mode)
-    place = ComposePlace(project_name(), image=gateway_image(images))
+    place = models_place(images)
     with (target / "models.tar").open("wb") as file:
         carrier = place.export(["models"])
         assert carrier.stdout is not None
         shutil.copyfileobj(carrier.stdout, file)
         if carrier.wait():
             raise PlaceError("the model could not be read from its volume")
-    run("git", "-C", REPOSITORY, "archive", "--format=tar", f"--output={target / 'appliance.tar'}", "HEAD")
+    # As `version` has it: a checkout of another user is as good.
+    git = ("git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY)
+    run(*git, "archive", "--format=tar", f"--output={target / 'appliance.tar'}", "HEAD")
     described = {"version": version(), "mode": mode, "services": services, "images": images}
     (target / "bundle.json").write_text(json.dumps(described, indent=1) + "\n")
-    parts = sorted(path for path in target.iterdir() if path.suffix in (".tar", ".json"))
+    parts = [target / name for name in PARTS]
     (target / SUMS).write_text("".join(f"{archive.checksum(path)}  {path.name}\n" for path in parts))
     total = sum(path.stat().st_size for path in parts)
     print(f"bundle: {target}: {total / 1e9:.1f} GB, version {described['version']}, for MODE={mode}")
@@ -103,10 +114,11 @@ def load(source: Path) -> None:
     """Verifies a bundle and installs its images and its model; touches no network."""
     if not (source / SUMS).is_file():
         raise PlaceError(f"{source} holds no finished bundle ({SUMS} is missing)")
-    for line in (source / SUMS).read_text().splitlines():
-        expected, _, name = line.partition("  ")
-        part = source / Path(name).name
-        if not part.is_file() or archive.checksum(part) != expected:
+    promised = [line.partition("  ") for line in (source / SUMS).read_text().splitlines()]
+    sums = {Path(name).name: expected for expected, _, name in promised}
+    for name in sorted({*sums, *PARTS}):  # also what a list that was cut off does not name
+        part = source / name
+        if not part.is_file() or archive.checksum(part) != sums.get(name):
             raise PlaceError(f"{part} is missing or damaged: copy the bundle again")
     described = json.loads((source / "bundle.json").read_text())
     if described["version"] != version():
@@ -116,7 +128,7 @@ def load(source: Path) -> None:
         )
     print(f"load: loading {len(described['images'])} images", flush=True)
     run("docker", "image", "load", "--quiet", "--input", source / "images.tar")
-    place = ComposePlace(project_name(), image=gateway_image(described["images"]))
+    place = models_place(described["images"])
     if "models" not in place.volumes():
         labels = {"project": place.project, "volume": "models"}
         words = [word for name, value in labels.items() for word in ("--label", f"com.docker.compose.{name}={value}")]

@@ -1,17 +1,17 @@
 """Where the appliance runs: Docker Compose, or processes of this machine. The day-two verbs see only this."""
 
 import json
-import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-STATE = Path(os.environ.get("APPLIANCE_STATE", REPOSITORY / ".state"))
+from scripts.daytwo.settings import REPOSITORY, setting, state
+
+STATE = state()
 CARRIER = Path(__file__).with_name("carrier.py")
 # Keys, ledger, secrets, certificates, Grafana's users. Models can be fetched again; metrics, traces and logs age out.
 KEPT = (
@@ -70,19 +70,20 @@ class ComposePlace:
     project: str
     mode: str = "compose"
     image: str = ""  # one with Python; default: what the project's gateway runs, or ran
+    folders: dict[str, str] = field(default_factory=dict)  # of this machine, where they stand for volumes
 
     def containers(self, all_of_them: bool = True) -> list[dict[str, object]]:
         """What `docker inspect` says of the project's containers."""
-        ids = run("docker", "ps", "-q", *(["-a"] if all_of_them else []), "--filter", self._label()).split()
+        # Whatever runs from an image of ours has the image's labels: only Compose's own containers have this one.
+        ours = ("--filter", self._label(), "--filter", "label=com.docker.compose.oneoff=False")
+        ids = run("docker", "ps", "-q", *(["-a"] if all_of_them else []), *ours).split()
         return list(json.loads(run("docker", "inspect", *ids))) if ids else []
 
     def volumes(self) -> dict[str, str]:
-        """Docker's volume names by the names that compose.yaml gives them."""
+        """What Docker mounts by the names that compose.yaml gives the volumes."""
         listed = run("docker", "volume", "ls", "-q", "--filter", self._label()).split()
-        if not listed:
-            return {}
-        described = json.loads(run("docker", "volume", "inspect", *listed))
-        return {one["Labels"]["com.docker.compose.volume"]: one["Name"] for one in described}
+        described = json.loads(run("docker", "volume", "inspect", *listed)) if listed else []
+        return {one["Labels"]["com.docker.compose.volume"]: one["Name"] for one in described} | self.folders
 
     def running(self) -> list[str]:
         return sorted(service_of(one) for one in self.containers(all_of_them=False))
@@ -246,7 +247,7 @@ def restarts(container: dict[str, object]) -> bool:
 
 def project_name() -> str:
     """The Compose project: COMPOSE_PROJECT_NAME, or the name in compose.yaml."""
-    if given := os.environ.get("COMPOSE_PROJECT_NAME"):
+    if given := setting("COMPOSE_PROJECT_NAME"):
         return given
     for line in (REPOSITORY / "compose.yaml").read_text().splitlines():
         if line.startswith("name:"):
@@ -256,7 +257,7 @@ def project_name() -> str:
 
 def find() -> Place:
     """The appliance of this checkout: what MODE says, else what `make up` started last, else what has data here."""
-    mode = os.environ.get("MODE", "") or str(last_started().get("mode", ""))
+    mode = setting("MODE") or str(last_started().get("mode", ""))
     if mode not in ("", "gpu", "cpu", "local"):
         raise PlaceError(f"MODE={mode} is none of gpu, cpu, local")
     silent = ""

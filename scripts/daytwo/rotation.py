@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tarfile
 
-from scripts.daytwo.doctor.situation import dotenv
-from scripts.daytwo.place import REPOSITORY, ComposePlace, Place, PlaceError, find, told
+from scripts.daytwo.place import ComposePlace, Place, PlaceError, find, told
+from scripts.daytwo.settings import REPOSITORY, dotenv
 
 ROTATED = ("vllm_api_key", "gateway_admin_key", "admin_password")
 FOLDERS = ("gateway-secrets", "engine-secrets", "grafana-secrets")

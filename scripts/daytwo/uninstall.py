@@ -5,22 +5,27 @@ import shutil
 import subprocess
 import sys
 
-from scripts.daytwo.place import REPOSITORY, STATE, ComposePlace, LocalPlace, PlaceError, find, run, told
+from scripts.daytwo.place import STATE, ComposePlace, LocalPlace, PlaceError, find, run, told
+from scripts.daytwo.settings import REPOSITORY
 
 
 def remove_project(place: ComposePlace) -> None:
-    """Everything that bears the project's label."""
+    """Everything that bears the project's label, and nothing that another project uses."""
     label = f"label=com.docker.compose.project={place.project}"
-    containers = run("docker", "ps", "-aq", "--filter", label).split()
+    # Whatever runs from an image of ours has the image's labels: only Compose's own containers have this one.
+    containers = run("docker", "ps", "-aq", "--filter", label, "--filter", "label=com.docker.compose.oneoff").split()
     if containers:
         run("docker", "rm", "--force", "--volumes", *containers)
     for kind in ("network", "volume"):
         found = run("docker", kind, "ls", "-q", "--filter", label).split()
         if found:
             run("docker", kind, "rm", *found)
-    images = sorted(set(run("docker", "image", "ls", "-q", "--filter", label).split()))
-    if images:
-        run("docker", "image", "rm", "--force", *images)
+    images = set(run("docker", "image", "ls", "-q", "--no-trunc", "--filter", label).split())
+    used = {image for image in images if run("docker", "ps", "-aq", "--filter", f"ancestor={image}").strip()}
+    if images - used:
+        run("docker", "image", "rm", "--force", *sorted(images - used))
+    if used:
+        print(f"uninstall: images that stay, because other containers use them: {len(used)}", flush=True)
 
 
 def confirmed(what: str) -> bool:
@@ -29,12 +34,18 @@ def confirmed(what: str) -> bool:
         return True
     if not sys.stdin.isatty():
         raise PlaceError(f"this removes {what}; say YES=1 to do it without being asked")
-    return input(f"This removes {what}. Type `remove` to go on: ").strip() == "remove"
+    try:
+        return input(f"This removes {what}. Type `remove` to go on: ").strip() == "remove"
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return False
 
 
 def main() -> int:
     """Removes the appliance of this checkout."""
     place = find()
+    if REPOSITORY.resolve().is_relative_to(STATE.resolve()):
+        raise PlaceError(f"APPLIANCE_STATE={STATE} holds this checkout, and all in it would be removed")
     what = f"project {place.project}" if isinstance(place, ComposePlace) else f"the local appliance in {STATE}"
     if not confirmed(f"{what} with keys, ledger, secrets and models"):
         print("uninstall: nothing was removed")

@@ -15,7 +15,6 @@ from pathlib import Path
 from scripts.daytwo import archive
 from scripts.daytwo.backup import backup, put_back, summary, version
 from scripts.daytwo.place import (
-    REPOSITORY,
     STATE,
     ComposePlace,
     LocalPlace,
@@ -28,6 +27,7 @@ from scripts.daytwo.place import (
     service_of,
     told,
 )
+from scripts.daytwo.settings import REPOSITORY, setting
 
 DEPLOYED = STATE / "deployed.json"
 UPGRADES = STATE / "upgrades"
@@ -40,7 +40,7 @@ def deployed(place: ComposePlace) -> tuple[str, list[str]]:
     commit = os.environ.get("PREVIOUS") or str(known.get("commit") or "")
     if not commit:
         raise PlaceError("which version runs? Say PREVIOUS=<tag or commit>; the way back needs its files")
-    files = known.get("files") or os.environ.get("COMPOSE_FILE", "").split(":")
+    files = known.get("files") or setting("COMPOSE_FILE").split(":")
     if files == [""]:  # started by hand: its containers say from what
         labels = [one["Config"]["Labels"] for one in place.containers()]  # type: ignore[index]
         told = next((one["com.docker.compose.project.config_files"] for one in labels), "compose.yaml")

@@ -39,10 +39,8 @@ def parse(text: str, origin: str = ".env") -> dict[str, str]:
             problems.append(f"{origin} line {number} is not NAME=value: {line[:40]!r}")
             continue
         name, value = found[1], found[2].strip()
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        else:
-            value = re.sub(r"\s+#.*", "", value)
+        quoted = re.fullmatch(r"""(['"])(.*?)\1(\s+#.*)?""", value)
+        value = quoted[2] if quoted else re.sub(r"\s+#.*", "", value)
         values[name] = value
     if problems:
         raise VariablesError(problems)

@@ -34,10 +34,13 @@ class Call:
 
 
 class Load:
-    """`callers` threads, every second call streamed. Use as a context; `calls` grows while it runs."""
+    """`callers` threads, every second call streamed. Use as a context; `calls` grows while it runs.
 
-    def __init__(self, edge: Edge, callers: int = 4, tokens: int = 12) -> None:
-        self.edge, self.tokens = edge, tokens
+    A stream may be silent for 150 seconds, and `patience` is what a whole answer of that many tokens may take at most.
+    """
+
+    def __init__(self, edge: Edge, callers: int = 4, tokens: int = 12, patience: float = 150) -> None:
+        self.edge, self.tokens, self.patience = edge, tokens, patience
         self.calls: list[Call] = []
         self._numbers = itertools.count()
         self._stop = threading.Event()
@@ -53,9 +56,9 @@ class Load:
     ) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(180)
+            thread.join(self.patience + 30)
         if kind is None:
-            assert not any(thread.is_alive() for thread in self._threads), "a call neither ended nor failed in 180 s"
+            assert not any(thread.is_alive() for thread in self._threads), "a call neither ended nor failed in time"
 
     def _call_for_ever(self) -> None:
         while not self._stop.is_set():
@@ -63,7 +66,8 @@ class Load:
             call = Call(time.monotonic(), stream=number % 2 == 0)
             self.calls.append(call)
             prompt = f"Call {number}: name a city near {CANARY}."  # different prompts: no prefix cache hides the engine
-            call.answer = self.edge.chat(prompt, tokens=self.tokens, stream=call.stream, seconds=150)
+            silent = 150 if call.stream else self.patience
+            call.answer = self.edge.chat(prompt, tokens=self.tokens, stream=call.stream, seconds=silent)
             call.ended = time.monotonic()
             if not call.whole:
                 self._stop.wait(PAUSE_AFTER_FAILURE)

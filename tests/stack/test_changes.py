@@ -10,7 +10,7 @@ import pytest
 from tests.doubles.wall_clock import WallClock, needs_compiler
 from tests.stack import harm
 from tests.stack.alarms import Alarms
-from tests.stack.appliance import FILES, Appliance
+from tests.stack.appliance import FILES, NOTES, Appliance
 from tests.stack.load import Load
 from tests.stack.proof import Proof, inflict
 from tests.stack.test_faults import needs_our_docker
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.timeout(3600),
     pytest.mark.skipif(os.geteuid() != 0, reason="breaking what lies under the containers needs root"),
 ]
-KEEPER = 180  # seconds; 65 on an idle machine: the keeper looks every minute, nginx every five seconds
+KEEPER = 90  # seconds, as docs/reliability.md promises: the keeper looks every minute, nginx every five seconds
 LOOK_UP = 10.0  # seconds that a look-up alone would take while names are silent
 
 
@@ -46,13 +46,17 @@ def test_certificate_replaced_while_serving(appliance: Appliance, alarms: Alarms
     def replaced() -> float:
         struck = time.monotonic()
         harm.replace_certificate(folder, days=1)
-        with Load(appliance.edge, callers=2, tokens=200) as streams:
+        with Load(appliance.edge, callers=2, tokens=200, patience=600) as streams:
             until("the new certificate is served", lambda: served(address) not in ("", old), KEEPER)
             seen = time.monotonic()
-            until("calls go on", lambda: len(streams.whole_since(seen)) >= 2, 240)
+            NOTES.append(f"stack: the operator's certificate was served {seen - struck:.0f} s after it was put there")
+            until("calls go on", lambda: len(streams.whole_since(seen)) >= 2, 600)
             across = [call for call in streams.calls if call.began < seen < call.ended]
         assert across, "no stream ran across the change"
-        assert all(call.whole for call in streams.calls), [c.answer.error for c in streams.calls if not c.whole]
+        broken = [(c.stream, round(c.ended - c.began), c.answer) for c in streams.calls if not c.whole]
+        assert not broken, broken
+        longest = max(call.ended - call.began for call in streams.calls)
+        NOTES.append(f"stack: {len(streams.calls)} calls of 200 tokens across that change took up to {longest:.0f} s")
         return struck
 
     try:
@@ -114,7 +118,8 @@ def test_clock_stepped(appliance: Appliance, alarms: Alarms, tmp_path: Path) -> 
             proof = inflict(
                 appliance, alarms, f"clock: stepped by {'a day' if abs(step) > 3600 else 'an hour'}, {'on' if step > 0 else 'back'}",
                 lambda step=step: clock.step(step), lambda: clock.step(0),  # type: ignore[misc]
-                harm_is_felt=five_more, within=0, no_alert="no limit, lease or bill follows it",
+                harm_is_felt=lambda load, step=step: on_the_new_time(appliance, step, load),  # type: ignore[misc]
+                within=0, no_alert="no limit, lease or bill follows it",
             )  # fmt: skip
             unnoticed(proof)
     finally:
@@ -123,7 +128,15 @@ def test_clock_stepped(appliance: Appliance, alarms: Alarms, tmp_path: Path) -> 
         until("a call would be admitted", appliance.edge.ready, 180, every=0.5)
 
 
-def five_more(load: Load) -> None:
-    """Calls that begin after the step are answered."""
+def on_the_new_time(appliance: Appliance, step: int, load: Load) -> None:
+    """Calls that begin after the step are answered, and booked at the time that the gateway now believes."""
     began = time.monotonic()
     until("calls go on", lambda: len(load.whole_since(began)) >= 5, 240)
+    names = {call.answer.request_id for call in load.whole_since(began)}
+
+    def booked() -> list[float]:
+        records = [record for record in appliance.ledger() if record["request_id"] in names]
+        return [float(str(record["started_at"])) for record in records] if len(records) == len(names) else []
+
+    away = [moment - time.time() for moment in until("they are in the ledger", booked, 60)]
+    assert all(abs(one - step) < 600 for one in away), f"the clock was stepped by {step} s, the calls by {away}"

@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +48,11 @@ def findings(appliance: Appliance, state: Path) -> dict[str, list[dict[str, str]
 
 
 def test_doctor_knows_a_sound_appliance_from_an_ill_one(appliance: Appliance, tmp_path: Path) -> None:
+    def own() -> bool:
+        return [one["verdict"] for one in findings(appliance, tmp_path).get("certificate", [])] == ["ok"]
+
+    # One that ends tomorrow may still be served, of a test before: the keeper goes back to the appliance's own.
+    until("the appliance's own certificate is served", own, 90, every=2)
     sound = findings(appliance, tmp_path)
     for area in ("docker", "ports", "services", "service", "certificate", "ledger"):
         assert {one["verdict"] for one in sound[area]} == {"ok"}, sound[area]
@@ -169,88 +172,3 @@ def test_a_release_that_does_not_start_is_taken_back(appliance: Appliance, relea
     assert "serves again" in told
     until("a call would be admitted", appliance.edge.ready, 900, every=0.5)
     assert appliance.edge.chat().status == 200
-
-
-@pytest.fixture
-def island(docker: list[str], tmp_path: Path) -> Iterator[Appliance]:
-    """A machine without any network: its own Docker Engine in a network namespace that holds nothing but itself."""
-    cache = tmp_path / "docker"
-    cache.mkdir()
-    engine = subprocess.run(
-        ["bash", "-c", '. scripts/standin/cache.sh; printf %s "$cache"'],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in ("tools", "config"):
-        (cache / name).symlink_to(Path(engine) / name)
-    environment = {**os.environ, "APPLIANCE_CACHE": str(cache)}
-    script = f"ip link set lo up; exec {STANDIN} start"
-    log = (tmp_path / "start.log").open("w")
-    subprocess.run(
-        ["unshare", "--net", "sh", "-c", script], env=environment, check=True, timeout=120, stdout=log, stderr=log
-    )
-    one = Appliance(left_out=docker, settings={"APPLIANCE_CACHE": str(cache)})
-    yield one
-    subprocess.run([STANDIN, "stop"], env=environment, check=True, timeout=300)
-    shutil.rmtree(cache)
-
-
-def test_an_appliance_starts_from_a_bundle_without_any_network(
-    appliance: Appliance, island: Appliance, tmp_path: Path
-) -> None:
-    if not (REPOSITORY / ".git").exists():
-        pytest.skip("a bundle holds the checkout as committed; this is no git checkout")
-    medium = tmp_path / "medium"
-    wanted = " ".join(name for name in appliance.services())
-    told = make(appliance, "bundle", tmp_path, TO=str(medium), SERVICES=wanted)
-    assert told.endswith("status 0"), told
-    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=medium, check=True)
-
-    told = make(island, "load", tmp_path, FROM=str(medium), APPLIANCE_PREFIX="appliance-proof")
-    assert told.endswith("status 0"), told
-    island.compose("up", "--detach", "--no-build", "--pull", "never", *appliance.services(), seconds=900)
-    daemon = island.run("bash", "-c", '. scripts/standin/cache.sh; cat "$runtime/docker.pid"').strip()
-
-    def inside(*words: str) -> str:
-        address = f"https://127.0.0.1:{island.settings['HTTPS_PORT']}"
-        command = [
-            "nsenter",
-            "--net",
-            "--target",
-            daemon,
-            "curl",
-            "-sk",
-            "--max-time",
-            "120",
-            address + words[0],
-            *words[1:],
-        ]
-        return subprocess.run(command, capture_output=True, text=True).stdout
-
-    until("a call would be admitted", lambda: '"ready"' in inside("/ready", "-f"), 600)
-    key = island.create_key("island")["secret"]
-    body = {"model": "SmolLM2-135M-Instruct", "temperature": 0, "max_tokens": 32}
-    body["messages"] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-    answer = inside("/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "--json", json.dumps(body))
-    assert "The capital of France is Paris." in answer
-
-    state = tmp_path / "state"
-    (state / "backups").mkdir(parents=True)
-    told = make(island, "uninstall", state, YES="1")
-    assert told.endswith("status 0"), told
-    label = f"label=com.docker.compose.project={island.project}"
-    for kind in (("ps", "--all"), ("network", "ls"), ("volume", "ls")):
-        assert island.docker(*kind, "--quiet", "--filter", label) == ""
-    assert [path.name for path in state.iterdir()] == ["backups"]
-
-
-def test_a_damaged_bundle_is_not_loaded(tmp_path: Path, appliance: Appliance) -> None:
-    medium = tmp_path / "medium"
-    medium.mkdir()
-    (medium / "images.tar").write_text("not what was promised")
-    (medium / "SHA256SUMS").write_text(f"{'0' * 64}  images.tar\n")
-    told = make(appliance, "load", tmp_path, FROM=str(medium))
-    assert told.endswith("status 1")
-    assert "missing or damaged" in told

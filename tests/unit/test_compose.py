@@ -19,6 +19,7 @@ LONG_RUNNING = {
 ONE_SHOT = {"init", "model"}
 # Root only where a file or an image leaves no choice, each with its reason in compose.yaml.
 ROOT_ALLOWED = {"init", "certificate-keeper", "docker-socket-proxy", "promtail"}
+OWN_IMAGE = "${APPLIANCE_PREFIX:-appliance}/"  # how the name of an image that is built begins
 CAPABILITIES = {
     "init": {"CHOWN", "DAC_OVERRIDE", "FOWNER"},
     "certificate-keeper": {"CHOWN", "DAC_OVERRIDE", "FOWNER"},
@@ -174,15 +175,35 @@ def test_images_are_pinned_once_and_each_has_a_variable() -> None:
         assert variable == f"{name.upper().replace('-', '_')}_IMAGE"
         assert re.search(r":v?\d+(\.\d+)+", tag), f"{tag} is not pinned by a version"
     pulled = set(COMPOSE["x-images"].values())
-    builders: dict[str, list[str]] = {}
     for name, service in SERVICES.items():
         image = service["image"]
-        if image.startswith("${APPLIANCE_PREFIX:-appliance}/"):
-            builders.setdefault(image, []).extend([name] if "build" in service else [])
-        else:
+        if not image.startswith(OWN_IMAGE):
             assert image in pulled, f"{name}: {image} is not in x-images"
             assert "build" not in service
-    # Two builders of one name take it from each other, so that an unchanged engine would be made anew and start again.
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("compose.yaml",),
+        ("compose.yaml", "compose.cpu.yaml"),
+        ("compose.yaml", "compose.ray-head.yaml"),
+        ("compose.ray-worker.yaml",),
+    ],
+    ids=" ".join,
+)
+def test_each_image_of_ours_is_built_by_one_service(files: tuple[str, ...]) -> None:
+    """Two builders of one name take it from each other: an unchanged engine would be made anew and start again."""
+    images: dict[str, str] = {}
+    building: set[str] = set()
+    for services in (load(name)["services"] for name in files):
+        for name, service in services.items():
+            images[name] = service.get("image", images.get(name))
+            building |= {name} if "build" in service else set()
+    builders: dict[str, list[str]] = {image: [] for image in images.values() if image.startswith(OWN_IMAGE)}
+    for name in building:
+        builders[images[name]].append(name)
+    assert builders
     assert {len(names) for names in builders.values()} == {1}, builders
 
 

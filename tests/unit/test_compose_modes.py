@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts.daytwo import settings
 from scripts.local import mode, variables
 from scripts.local.machine import Docker
 
@@ -56,9 +57,16 @@ def test_what_cannot_run_says_what_to_do(wanted: str, docker: Docker, gpus: int,
     assert "\n" not in str(refused.value)
 
 
-def test_env_files_are_read_as_compose_reads_them() -> None:
-    text = "# comment\n\nA=1\nexport B = 2\n".replace(" = ", "=") + "C='a # b'\nD=\"x y\"\nE=plain # comment\nF=\n"
-    assert variables.parse(text) == {"A": "1", "B": "2", "C": "a # b", "D": "x y", "E": "plain", "F": ""}
+def test_env_files_are_read_as_compose_reads_them(tmp_path: Path) -> None:
+    text = (
+        "# comment\n\nA=1\nexport B = 2\n".replace(" = ", "=")
+        + "C='a # b'\nD=\"x y\"\nE=plain # comment\nF=\nG='x' # why\n"
+    )
+    read = {"A": "1", "B": "2", "C": "a # b", "D": "x y", "E": "plain", "F": "", "G": "x"}
+    assert variables.parse(text) == read
+    file = tmp_path / ".env"
+    file.write_text(text)
+    assert settings.dotenv(file) == read, "the day-two verbs read another file than `make up` does"
 
 
 @pytest.mark.parametrize("line", ["no equals", "1A=2", "=x", "A-B=1"])

@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.daytwo.place import REPOSITORY, STATE, ComposePlace, LocalPlace, Place, PlaceError, find
+from scripts.daytwo.place import STATE, ComposePlace, LocalPlace, Place, PlaceError, find
+from scripts.daytwo.settings import REPOSITORY, dotenv
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,6 @@ class Situation:
         return int(self.settings.get(name) or usual)
 
 
-def dotenv(path: Path) -> dict[str, str]:
-    """NAME=value lines; comments and quotes as Compose has them."""
-    values = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        name, separator, value = line.strip().partition("=")
-        if separator and not name.startswith("#"):
-            value = value.strip()
-            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-            values[name.removeprefix("export ").strip()] = value[1:-1] if quoted else value.partition(" #")[0].strip()
-    return values
-
-
 def look() -> Situation:
     """The situation of this checkout."""
     place: Place | None = None
@@ -60,6 +49,6 @@ def look() -> Situation:
         unread = problem.strerror or str(problem)
     try:
         place = find()
-    except PlaceError as problem:
+    except (PlaceError, OSError) as problem:
         missing = str(problem)
     return Situation(REPOSITORY, STATE, {**given, **os.environ}, place, unread, missing)
