@@ -94,7 +94,8 @@ def _ours_stock(port: int, upstream: int, folder: Path) -> tuple[list[str], dict
 
 
 def _plain(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:
-    return [PYTHON, "-m", "tests.bench.plain_quart", str(port), str(upstream), str(folder)], {"PYTHONPATH": SOURCES}
+    argv = [PYTHON, "-m", "tests.bench.plain_quart", str(port), str(upstream), str(folder)]
+    return argv, {"PYTHONPATH": SOURCES, "BENCH_KEY": KEY}
 
 
 def _nginx(port: int, upstream: int, folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 import uuid
@@ -24,11 +25,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from prometheus_client import REGISTRY, Counter, Histogram, generate_latest
 from quart import Quart, Response, request
-from tests.bench.gateways import KEY
 
 PORT, UPSTREAM, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 URL = f"http://127.0.0.1:{UPSTREAM}"
-KEYS = {hashlib.sha256(KEY.encode()).hexdigest(): "bench"}
+KEYS = {hashlib.sha256(os.environ["BENCH_KEY"].encode()).hexdigest(): "bench"}
 REQUESTS = Counter("plain_requests", "Calls.", ["endpoint", "model", "key", "status"])
 SECONDS = Histogram("plain_seconds", "Duration.", ["endpoint", "model"])
 TOKENS = Counter("plain_tokens", "Tokens.", ["model", "direction"])
