@@ -93,6 +93,7 @@ OTHERS = {  # the alert, or why none speaks
     "nginx": ("TargetDown/nginx", ""),
     "gpu-exporter": ("TargetDown/gpu", ""),
     "prometheus": ("", "it is the one that would tell"),
+    "alertmanager": ("TargetDown/alertmanager", ""),
     "certificate-keeper": ("", "what it keeps is watched (CertificateNearEnd)"),
 }
 
@@ -111,15 +112,27 @@ def test_other_container_killed(appliance: Appliance, alarms: Alarms, service: s
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("service", ["nginx", "gateway"])
+@pytest.mark.parametrize("service", ["gateway", *OTHERS])
 def test_container_restarted(appliance: Appliance, alarms: Alarms, service: str) -> None:
     """`docker restart`: told to go, it ends what it has begun."""
+    alert, no_alert = OTHERS.get(service, (f"TargetDown/{service}", ""))
     proof = inflict(
         appliance, alarms, f"{service}: docker restart",
         lambda: appliance.docker("restart", appliance.container(service)),
-        within=PROGRAM_START, alert=f"TargetDown/{service}",
+        within=PROGRAM_START, alert=alert, no_alert=no_alert,
     )  # fmt: skip
     assert proof.lost == 0, f"{proof.lost} calls were lost although {service} was asked to leave"
+
+
+@pytest.mark.long
+def test_engine_restarted(appliance: Appliance, alarms: Alarms) -> None:
+    """The engine's container is restarted: callers are told early, and whoever cannot be served to the end knows it."""
+    proof = inflict(
+        appliance, alarms, "vllm: docker restart",
+        lambda: appliance.docker("restart", appliance.container("vllm")),
+        within=ENGINE_START, alert="BackendDown/gateway", harm_is_felt=a_failure,
+    )  # fmt: skip
+    assert proof.refused > 0, "callers must be told early and honestly while the engine is away"
 
 
 CUTS = {
