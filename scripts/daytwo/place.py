@@ -209,7 +209,8 @@ class LocalPlace:
         run("python3", CARRIER, "import", *(f"{name}={self.state / name}" for name in names), stdin=state)
 
     def stop(self) -> None:
-        if self.running():
+        # Supervisors have a file each while they run; one of them may have only the monitoring (`make monitoring`).
+        if self.running() or any((self.state / "run").glob("*.json")):
             run(REPOSITORY / "scripts" / "down")
 
     def start(self) -> None:

@@ -96,6 +96,19 @@ def test_uninstall_keeps_backups_and_what_only_links_lead_to(checkout: Path) -> 
     assert held(checkout / "models-of-others") == ["weights"]
 
 
+def test_uninstall_stops_what_only_watches(checkout: Path) -> None:
+    """`make monitoring` alone has a supervisor too, and no ledger open."""
+    a_state(checkout / ".state")
+    (checkout / ".state" / "run").mkdir()
+    (checkout / ".state" / "run" / "monitoring.json").write_text("{}")
+    down = checkout / "scripts" / "down"
+    down.write_text('#!/bin/sh\nls .state/run > "$(dirname "$0")/../stopped"\n')
+    down.chmod(0o755)
+    told = ran(checkout, "scripts/uninstall", YES="1")
+    assert told.endswith("status 0"), told
+    assert (checkout / "stopped").read_text() == "monitoring.json\n", "it is stopped while its file is still there"
+
+
 @pytest.mark.parametrize("named", [".", ".."])
 def test_uninstall_never_removes_the_checkout(checkout: Path, named: str) -> None:
     (checkout / "gateway-data").mkdir()
