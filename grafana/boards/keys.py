@@ -88,6 +88,15 @@ BOARD = Board(
                     unit="reqps",
                     stacked=True,
                 ),
+                Panel(
+                    "Ledger",
+                    "Whether usage can be recorded. While it cannot, no call is admitted.",
+                    (Query("gateway_ledger_up", "ledger"),),
+                    kind="state-timeline",
+                    width=24,
+                    height=4,
+                    words={"1": ("written", GREEN), "0": ("refused", RED)},
+                ),
             ),
         ),
         (

@@ -64,7 +64,7 @@ class Edge:
     max_body_bytes: int = 20_971_520
     requests_per_second: int = 100  # per client address; 0 = none
     connections: int = 512  # per client address; with HTTP/2 each running call counts; 0 = none
-    shutdown_seconds: int = 60
+    shutdown_seconds: int = 3600  # an answer that runs when a certificate is replaced may take this long
     upstream_keepalive_seconds: int = 60  # below the gateway's 75
     hsts: bool = False
     grafana: str | None = None  # host:port to show under /grafana/, None: not at the edge

@@ -15,6 +15,7 @@ from tests.doubles.edge_running import NGINX
 from tests.doubles.flow_patient import Patient
 from tests.doubles.flow_site import PATHS, Wire, edge_before, ledger, metric, query
 from tests.doubles.gateway import GatewayProcess
+from tests.doubles.machine import patience
 from tests.doubles.vllm import wait_until
 from tests.engine.conftest import real
 
@@ -106,9 +107,19 @@ def waiting(gateway: GatewayProcess) -> list[str]:
     return [entry["request_id"] for entry in gateway.admin("GET", "/admin/queue").json["data"]]
 
 
-def soon(what: str, condition: Callable[[], bool], left: float) -> None:
-    """Within the promised time since `left` (monotonic seconds); at once where that is over."""
-    wait_until(what, condition, max(0.1, SECONDS - (time.monotonic() - left)))
+def soon(what: str, look: Callable[[], Any], expected: Any, left: float) -> None:
+    """What `look` tells is as expected within the promised time since `left` (monotonic seconds; more on a busy
+    machine); at once where that is over."""
+    seen: list[Any] = []
+
+    def as_expected() -> bool:
+        seen.append((round(time.monotonic() - left, 3), look()))
+        return bool(seen[-1][1] == expected)
+
+    try:
+        wait_until(what, as_expected, max(0.1, patience(SECONDS) - (time.monotonic() - left)))
+    except AssertionError:
+        raise AssertionError(f"{what}: {expected} expected, seen {seen[0]} … {seen[-1]}") from None
 
 
 class Leaving:
@@ -129,11 +140,11 @@ class Leaving:
 
 def check(gateway: GatewayProcess, request_id: str, left: float, others: int) -> dict[str, Any]:
     """The gateway holds nothing for the call and has recorded it; `others` calls go on."""
-    soon("the call's hold is gone", lambda: query(gateway, "SELECT request_id FROM holds WHERE request_id = ?",
-                                                  request_id) == [], left)  # fmt: skip
+    rows = "SELECT request_id FROM holds WHERE request_id = ?"
+    soon("the call's hold is gone", lambda: query(gateway, rows, request_id), [], left)
+    gauges = ("gateway_in_flight_calls", "gateway_holds", "gateway_queue_calls")
     soon("what is in flight and held is what others have",
-         lambda: [metric(gateway, name) for name in ("gateway_in_flight_calls", "gateway_holds",
-                                                     "gateway_queue_calls")] == [others, others, 0], left)  # fmt: skip
+         lambda: [metric(gateway, name) for name in gauges], [others, others, 0], left)  # fmt: skip
     assert waiting(gateway) == []
     row = ledger(gateway, request_id)
     line = gateway.closed(request_id)
@@ -170,21 +181,22 @@ def test_who_leaves_the_waiting_room_is_never_sent_to_the_engine(
     gateway: GatewayProcess, edge: Any, engine: Any, way: str
 ):
     wait_until("the engine is idle", lambda: at_work(engine) == 0, 30)
-    other = Reader(gateway.port, *body_of("decode", engine.model), request_id=f"stays-{way}-{next(_numbers)}")
-    other.read_some()
-    client, request_id = begin(gateway, edge, engine.model, "queued", way)
-    wait_until("the call waits", lambda: waiting(gateway) == [request_id])
+    name = f"stays-{way}-{next(_numbers)}"
+    with Reader(gateway.port, *body_of("decode", engine.model), request_id=name) as other:
+        other.read_some()
+        client, request_id = begin(gateway, edge, engine.model, "queued", way)
+        wait_until("the call waits", lambda: waiting(gateway) == [request_id])
 
-    left = time.monotonic()
-    client.leave()
+        left = time.monotonic()
+        client.leave()
 
-    soon("nobody waits", lambda: waiting(gateway) == [], left)
-    row = check(gateway, request_id, left, others=1)
-    assert (row["prompt_tokens"], row["completion_tokens"], row["backend"]) == (0, 0, None)
-    assert at_work(engine) >= 1
-    leaving = Leaving(engine)
-    other.leave()
-    leaving.freed("the other")
+        soon("nobody waits", lambda: waiting(gateway), [], left)
+        row = check(gateway, request_id, left, others=1)
+        assert (row["prompt_tokens"], row["completion_tokens"], row["backend"]) == (0, 0, None)
+        assert at_work(engine) >= 1
+        leaving = Leaving(engine)
+        other.leave()
+        leaving.freed("the other")
 
 
 @pytest.fixture(scope="module")

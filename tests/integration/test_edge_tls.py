@@ -113,3 +113,17 @@ def test_a_certificate_is_replaced_without_losing_a_connection(tmp_path: Path) -
         # New workers begin before the old ones are told to stop: for a moment both answer.
         wait_until("the old certificate is served no more", old_one_is_gone)
         assert list(lines)[-2] == "data: [DONE]"
+
+
+@pytest.mark.long
+def test_a_stream_runs_on_for_minutes_after_a_reload(tmp_path: Path) -> None:
+    """A thinking model's answer takes minutes; nginx cut off what ran when its patience with old workers was one."""
+    with (
+        edge_running.edge(tmp_path) as edge,
+        edge.client() as client,
+        client.stream("GET", "/v1/stream?chunks=8&gap=10") as running,
+    ):
+        lines = running.iter_lines()
+        next(lines)
+        edge.reload()
+        assert list(lines)[-2] == "data: [DONE]"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.doubles.flow_site import metric
 from tests.doubles.gateway import ADMIN_KEY, KEY, GatewayProcess
 from tests.doubles.vllm import VllmDouble
 from tests.doubles.waiting import wait_until
@@ -244,6 +245,11 @@ def test_a_second_gateway_on_the_same_database_ends_with_one_line(engine):
         assert gateway.chat(max_tokens=2).status == 200
 
 
+def ledger_state(gateway: GatewayProcess) -> tuple[float, float]:
+    """What the metrics say: whether it can be written, and how often it could not."""
+    return metric(gateway, "gateway_ledger_up"), metric(gateway, "gateway_ledger_failures_total")
+
+
 def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(engine):
     with GatewayProcess(VLLM_URL=engine.url) as gateway:
         stream: list[Any] = []
@@ -261,6 +267,7 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
         caller = threading.Thread(target=run)
         caller.start()
         wait_until("it streams", lambda: engine.state()["running"] == 1)
+        assert ledger_state(gateway) == (1, 0)
         lock = sqlite3.connect(f"{gateway.folder}/gateway.sqlite3", isolation_level=None, timeout=60)
         lock.execute("BEGIN IMMEDIATE")
         try:
@@ -269,6 +276,9 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             assert (refused.status, refused.code) == (503, "ledger_unavailable")
             assert int(refused.headers["retry-after"]) >= 1
             assert gateway.get("/ready").status == 503
+            assert ledger_state(gateway) >= (0, 1)
+            failures = ledger_state(gateway)[1]
+            wait_until("each attempt that fails counts", lambda: ledger_state(gateway) > (0, failures))
             assert gateway.get("/v1/models").status == 200  # keys are served from memory, never 401
             caller.join(60)
             assert stream[0].body.endswith(b"data: [DONE]\n\n")  # its usage is safe in the spool
@@ -276,6 +286,8 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             lock.execute("ROLLBACK")
             lock.close()
         wait_until("it heals", lambda: gateway.get("/ready").status == 200)
+        up, failures = ledger_state(gateway)
+        assert (up, failures) >= (1, 2)
         assert chat().status == 200
         wait_until(
             "the spool is replayed",

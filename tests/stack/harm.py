@@ -49,35 +49,65 @@ def join(appliance: Appliance, service: str, network: str) -> None:
     appliance.docker("network", "connect", "--alias", service, name, appliance.container(service))
 
 
+# It also takes what becomes free later: whoever closes a file may give back the blocks that its next record needs.
 FILL = """
-import os
+import os, time
 place = os.statvfs("/volume")
 assert place.f_blocks * place.f_frsize < 1e9, "this would fill the machine's own disk"
+full = False
 with open("/volume/filler", "wb", buffering=0) as filler:
-    for size in (65536, 1):
-        try:
-            while True:
-                filler.write(bytes(size))
-        except OSError:
-            pass
+    while True:
+        for size in (65536, 1):
+            try:
+                while True:
+                    filler.write(bytes(size))
+            except OSError:
+                pass
+        full = full or print("full", flush=True) or True
+        time.sleep(0.01)
 """
 
 
 def fill(appliance: Appliance, volume: str) -> None:
-    """Writes until the volume's file system is full; refuses to do it to a disk that others use."""
-    _in_volume(appliance, volume, FILL)
+    """Writes until the volume's file system is full, and keeps it so; refuses to do it to a disk that others use."""
+    name = _filler(appliance)
+    _in_volume(appliance, volume, FILL, "--detach", "--name", name)
+    until("the disk is full", lambda: "full" in appliance.docker("logs", name), 120)
 
 
 def free(appliance: Appliance, volume: str) -> None:
-    """Takes the filler away."""
-    _in_volume(appliance, volume, "import os\nos.unlink('/volume/filler')")
+    """Takes the filler away, if there is one."""
+    appliance.docker("rm", "--force", _filler(appliance))
+    _in_volume(appliance, volume, "import pathlib\npathlib.Path('/volume/filler').unlink(missing_ok=True)", "--rm")
 
 
-def _in_volume(appliance: Appliance, volume: str, script: str) -> None:
+USE_LOG = """
+import os, sqlite3
+book = sqlite3.connect("/volume/gateway.sqlite3", timeout=60, isolation_level=None)
+for first in ("PRAGMA synchronous = off", "PRAGMA wal_autocheckpoint = 0", "CREATE TABLE busy AS SELECT 0 AS turn"):
+    book.execute(first)
+for turn in range(2_500):
+    book.execute("UPDATE busy SET turn = turn + 1")
+book.execute("DROP TABLE busy")
+book.execute("PRAGMA wal_checkpoint")
+print(os.path.getsize("/volume/gateway.sqlite3-wal"))
+"""
+
+
+def use_log(appliance: Appliance) -> None:
+    """Makes the ledger's log (SQLite's WAL) as long as it ever gets; it is written back, and used again from its start."""
+    assert int(_in_volume(appliance, "gateway-data", USE_LOG, "--rm")) > 2_000 * 4_096
+
+
+def _filler(appliance: Appliance) -> str:
+    return f"{appliance.project}-filler"
+
+
+def _in_volume(appliance: Appliance, volume: str, script: str, *options: str) -> str:
     image = str(appliance.inspect("gateway")["Image"])
     mounted = f"{appliance.project}_{volume}:/volume"
-    appliance.docker(
-        "run", "--rm", "--network", "none", "--user", "0:0", "--volume", mounted, "--entrypoint", "python3", image, "-c", script
+    return appliance.docker(
+        "run", *options, "--network", "none", "--user", "0:0", "--volume", mounted, "--entrypoint", "python3", image, "-c", script
     )  # fmt: skip
 
 

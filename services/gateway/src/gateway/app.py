@@ -206,6 +206,8 @@ class Gateway:
             metrics.breaker.labels(name).set(state)
         for priority, calls in self.capacity.waiting().items():
             metrics.queue_calls.labels(priority).set(calls)
+        metrics.ledger_up.set(self.store.healthy)
+        metrics.ledger_failures.value = self.store.failures
         metrics.spool.set(self.store.aside)
         metrics.holds.set(len(self.budget.live))
         with contextlib.suppress(OSError):

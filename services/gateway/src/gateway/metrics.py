@@ -58,6 +58,12 @@ class Metrics:
             "gateway_ledger_drift_tokens", "Tokens the engines counted less tokens in the ledger and in flight.",
             registry=registry,
         )  # fmt: skip
+        self.ledger_up = Gauge(
+            "gateway_ledger_up", "1 while usage can be recorded; while it is 0 no call is admitted.", registry=registry
+        )
+        self.ledger_failures = Counter(
+            "gateway_ledger_failures", "Times the database refused or did not answer.", (), registry
+        ).labels()
         self.spool = Gauge(
             "gateway_ledger_spool_records", "Usage records that wait for the database.", registry=registry
         )

@@ -229,6 +229,11 @@ class Store:
         return None if self._writer is None else self._writer.problem
 
     @property
+    def failures(self) -> int:
+        """How often the database refused or stalled: `gateway_ledger_failures_total`."""
+        return 0 if self._writer is None else self._writer.failures
+
+    @property
     def folder(self) -> Path:
         """Where the spool lies: beside the database file, or SPOOL_DIR."""
         return self._spool.path.parent

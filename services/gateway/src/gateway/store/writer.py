@@ -64,11 +64,10 @@ class Writer(threading.Thread):
         self._queue: SimpleQueue[list[Item]] = SimpleQueue()
         self._next: list[Item] = []  # the loop's: what the thread gets with the next group
         self._due: asyncio.Handle | None = None  # when it gets it; None while there is nothing, or no free thread
-        self._given = False  # the thread has a group that it has not answered
+        self._given: list[Item] = []  # the loop's: the group that the thread has and has not answered
         self._unkept: list[Ended] = []  # neither the database nor the spool took them yet
         self._durable: bool | None = None  # what the connection is set to; None = not known
         self._busy_since: float | None = None  # monotonic; None = nothing is being written
-        self._current: list[Item] = []
         self._next_poll = 0.0
         self._next_try = 0.0
         self._retry_seconds = _RETRY_SECONDS
@@ -77,6 +76,8 @@ class Writer(threading.Thread):
         self.healthy = True
         """False from the first failure until everything kept aside is in the database."""
         self.problem: str | None = None
+        self.failures = 0
+        """How often the database refused or stalled, attempts to heal it included."""
 
     # From the loop
 
@@ -101,13 +102,13 @@ class Writer(threading.Thread):
     def _hand_over(self) -> None:
         self._due = None
         if self._next:
-            self._given = True
-            self._queue.put(self._next[:_LARGEST_GROUP])
+            self._given = self._next[:_LARGEST_GROUP]
             del self._next[:_LARGEST_GROUP]
+            self._queue.put(self._given)
 
     def _answered(self, answers: list[Answer]) -> None:
         """The thread is free again: tell those who still wait, and let it have what has gathered."""
-        self._given = False
+        self._given = []
         _resolve(answers)
         if self._due is None:
             self._hand_over()
@@ -119,19 +120,11 @@ class Writer(threading.Thread):
             return
         if self.healthy:
             logger.error("database_stalls", seconds=round(time.monotonic() - since, 1))
+            self.failures += 1
         self.healthy = False  # the thread heals it when it is back
         self.problem = "the database does not answer"
         refusal = StoreUnavailable(self.problem)
-        waiting = self._current + [item for items in self._stalled() for item in items] + self._next
-        _resolve([(future, None, refusal) for _, _, future in waiting if future is not None])
-
-    def _stalled(self) -> list[list[Item]]:
-        """What waits behind the thread; it stays there."""
-        found = []
-        for _ in range(self._queue.qsize()):
-            found.append(self._queue.get())
-            self._queue.put(found[-1])
-        return found
+        _resolve([(future, None, refusal) for _, _, future in self._given + self._next if future is not None])
 
     @property
     def aside(self) -> int:
@@ -162,7 +155,6 @@ class Writer(threading.Thread):
         if items and items[-1][0] == STOP:
             running = False
             items.pop()
-        self._current = items
         self._busy_since = time.monotonic()
         if items:
             self._group(items)
@@ -174,7 +166,6 @@ class Writer(threading.Thread):
             self._next_poll = now + self._poll_seconds
             self._guarded(lambda: self._poll(self._database))
         self._busy_since = None
-        self._current = []
         return running
 
     def _guarded(self, work: Callable[[], Any]) -> BaseException | None:
@@ -276,6 +267,7 @@ class Writer(threading.Thread):
     def _broken(self, error: StoreUnavailable) -> None:
         if self.healthy:
             logger.error("database_refused", error=str(error))
+        self.failures += 1
         self.healthy = False
         self.problem = str(error)
         self._next_try = time.monotonic() + self._retry_seconds
