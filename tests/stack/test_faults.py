@@ -26,10 +26,10 @@ PROGRAM_START = (
 LASTS = 8.0  # seconds a passing fault stays: longer than a health interval, shorter than a caller's patience
 
 
-def a_failure(load: Load, seconds: float = 60) -> None:
+def a_failure(load: Load) -> None:
     """The fault is felt: a call that began after it failed, or one under way broke."""
     began = time.monotonic()
-    until("the fault is felt", lambda: [c for c in list(load.calls) if c.ended > began and not c.whole], seconds)
+    until("the fault is felt", lambda: [c for c in list(load.calls) if c.ended > began and not c.whole], 60)
 
 
 def silence(load: Load) -> None:
@@ -65,7 +65,9 @@ def test_engine_killed(appliance: Appliance, alarms: Alarms) -> None:
     assert proof.refused > 0, "callers must be told early and honestly while the engine is away"
 
 
-@pytest.mark.parametrize("log", ["new", pytest.param("used again", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "log", ["", pytest.param(", its log used again", marks=pytest.mark.long)], ids=["log-new", "log-used-again"]
+)
 def test_ledger_disk_full(appliance: Appliance, alarms: Alarms, log: str) -> None:
     """No call is admitted that could not be booked; what was answered before is booked after.
 
@@ -74,16 +76,27 @@ def test_ledger_disk_full(appliance: Appliance, alarms: Alarms, log: str) -> Non
     """
     if not appliance.disk:
         pytest.skip("this machine has no loop device for a small disk, and its own is not ours to fill")
-    if log == "used again":
+    if log:
         harm.use_log(appliance)
     try:
         inflict(
-            appliance, alarms, f"ledger's disk: full, its log {log}", lambda: harm.fill(appliance, "gateway-data"),
+            appliance, alarms, f"ledger's disk: full{log}", lambda: harm.fill(appliance, "gateway-data"),
             lambda: harm.free(appliance, "gateway-data"),
-            within=PROGRAM_START, alert="LedgerUnavailable/gateway", harm_is_felt=lambda load: a_failure(load, 1800),
+            within=PROGRAM_START, alert="LedgerUnavailable/gateway", harm_is_felt=lambda load: ledger_refuses(appliance),
         )  # fmt: skip
     finally:
         harm.free(appliance, "gateway-data")
+
+
+def ledger_refuses(appliance: Appliance) -> None:
+    """The fault is felt: nothing is admitted. Calls for a model that nobody has are booked too, and cost no engine."""
+
+    def refuses() -> bool:
+        nobody = {"model": "nobody", "messages": [{"role": "user", "content": "?"}]}
+        assert appliance.edge.call("POST", "/v1/chat/completions", nobody).status in (404, 503)
+        return appliance.edge.call("GET", "/ready", seconds=5).status == 503
+
+    until("the ledger refuses", refuses, 600, every=0.1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import msgspec
 import uvloop
 from loguru import logger
 
-from gateway import __version__, admin, server
+from gateway import __version__, admin, kernel, server
 from gateway.addresses import Addresses
 from gateway.api import Api
 from gateway.backends import Backend, Probe, Registry
@@ -256,6 +256,7 @@ async def _run(settings: Settings, writer: LineWriter) -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        kernel.use_large_pages()
         logger.bind(host=host, port=port, version=__version__).info("listening")
 
     drainer = asyncio.create_task(drain())

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from gateway import kernel
+
 MAX_LINES = 20_000
 BATCH_SECONDS = 0.05  # lines wait at most this long, and leave in one write
 
@@ -45,6 +47,7 @@ class LineWriter:
             self._wake.set()
 
     def _run(self) -> None:
+        kernel.stand_back()
         while not self._stop:
             self._wake.wait()
             self._wake.clear()

@@ -16,7 +16,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.trace import SpanContext, TraceFlags
 
-from gateway import otlp
+from gateway import kernel, otlp
 from gateway.call import STAGES, Outcome
 from gateway.identifiers import fresh
 
@@ -134,7 +134,8 @@ class _Exporter(OTLPSpanExporter):
         self.dropped = 0
 
     def export(self, spans: Sequence[Any]) -> SpanExportResult:
-        """Send a batch of ended calls."""
+        """Send a batch of ended calls; called in the processor's thread."""
+        kernel.stand_back()
         if self._send(otlp.request(self._resource, b"".join([ended.spans() for ended in spans]))).success:
             return SpanExportResult.SUCCESS
         self.dropped += sum(ended.count for ended in spans)

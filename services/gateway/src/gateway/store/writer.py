@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 from loguru import logger
 
+from gateway import kernel
 from gateway.call import Outcome, UsageRecord
 from gateway.errors import GatewayError, LedgerUnavailable
 from gateway.journal import Slot
@@ -135,6 +136,7 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         """Open the database on this thread's connection, then commit groups until told to stop."""
+        kernel.stand_back()
         try:
             self._answer([(self.opened, self._first(self._database), None)])
         except Exception as error:  # whoever waits for the start has to hear of it
