@@ -146,7 +146,7 @@ class Appliance:
         with image.open("wb") as file:
             file.truncate(size)
         try:
-            subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
+            subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-m", "0", str(image)], check=True)
             words = ["losetup", "--find", "--show", str(image)]
             self.disk = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):

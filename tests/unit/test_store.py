@@ -1,6 +1,7 @@
 """The database itself: forms, owners, damage, keys that come and go, days that pass."""
 
 import asyncio
+import os
 import sqlite3
 import time
 import traceback
@@ -94,6 +95,26 @@ async def test_a_second_gateway_is_turned_away_and_the_first_goes_on(tmp_path):
 async def test_a_folder_that_is_missing_is_told(tmp_path):
     with pytest.raises(StoreUnavailable, match="does not exist"):
         await Stages(settings_for(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/none/g.sqlite3")).start()
+
+
+def test_a_database_is_opened_on_a_disk_with_room_only(tmp_path, monkeypatch):
+    """Whoever opens it first makes the file that SQLite maps; without room for it that may kill the process."""
+    place = os.statvfs(tmp_path)
+    full = os.statvfs_result([0 if name in (3, 4) else value for name, value in enumerate(place)])
+    database = Database(f"sqlite:///{tmp_path}/some.sqlite3")
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    with pytest.raises(StoreUnavailable, match="is full"):
+        database.connect()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "statvfs", lambda _: place)
+    database.connect()
+    database.run("CREATE TABLE some (value INTEGER)")
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    another = Database(f"sqlite:///{tmp_path}/some.sqlite3")
+    another.connect()  # what it needs is there
+    assert another.rows("SELECT * FROM some") == []
+    another.close()
+    database.close()
 
 
 async def test_a_change_by_another_process_is_noticed_at_once(tmp_path):

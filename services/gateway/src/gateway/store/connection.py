@@ -23,6 +23,7 @@ import peewee
 
 from gateway.store.schema import ENDED_CALLS
 
+ROOM_BYTES = 1 << 20  # free on the disk before a database is opened on it
 Row = tuple[Any, ...]
 Run = Callable[..., Any]
 
@@ -194,12 +195,22 @@ class Database:
     def connect(self) -> None:
         """Open this thread's connection, unless it is open."""
         self._need_folder()
+        self._need_room()
         with self.errors():
             self._database.connect(reuse_if_open=True)
 
     def _need_folder(self) -> None:
         if self.path is not None and not self.path.parent.is_dir():
             raise StoreUnavailable(f"the folder {self.path.parent} does not exist")
+
+    def _need_room(self) -> None:
+        """Whoever opens an SQLite database first makes a file (`-shm`) that is mapped into memory. On a full disk with
+        blocks below 4 kB that kills the process (SIGBUS); on any other the first record would fail."""
+        if self.path is None or Path(f"{self.path}-shm").exists():
+            return
+        place = os.statvfs(self.path.parent)
+        if place.f_bavail * place.f_frsize < ROOM_BYTES:
+            raise StoreUnavailable(f"the disk of {self.path.parent} is full")
 
     def close(self) -> None:
         """Close this thread's connection; a broken one is dropped."""
