@@ -346,6 +346,27 @@ async def test_a_change_does_not_wait_behind_the_calls(tmp_path):
         assert sorted(overtaken)[5] <= 4 * 64, overtaken
 
 
+async def test_while_nothing_can_be_kept_refusals_do_not_fill_the_memory(tmp_path):
+    """On a full disk callers may ask again for hours; what was answered is booked all the same."""
+    async with stages(tmp_path) as made:
+        (tmp_path / "usage.spool").mkdir()  # the spool cannot be written
+        locker = sqlite3.connect(tmp_path / "gateway.sqlite3", isolation_level=None)
+        locker.execute("BEGIN EXCLUSIVE")
+        try:
+            answered = [record(f"answered{number}", outcome="failed") for number in range(20)]
+            refused = [record(f"refused{number}", outcome="refused", completion_tokens=0) for number in range(4_000)]
+            for some in (answered, refused):
+                told = await asyncio.gather(*map(made.store.settle, some), return_exceptions=True)
+                assert {type(one) for one in told} == {StoreUnavailable}
+            assert 20 <= made.store.aside <= 1_000 + 512
+        finally:
+            locker.execute("ROLLBACK")
+            locker.close()
+            (tmp_path / "usage.spool").rmdir()
+        await until("it heals", lambda: made.ledger.healthy)
+        assert made.rows("SELECT COUNT(*) FROM usage_records WHERE outcome = 'failed'") == [(20,)]
+
+
 async def test_an_answer_that_could_not_be_recorded_in_time_is_not_booked_as_whole(tmp_path):
     async with stages(tmp_path) as made:
         (tmp_path / "usage.spool").mkdir()  # the spool cannot be written

@@ -30,6 +30,7 @@ from gateway.store.connection import Database, StoreLocked, StoreUnavailable
 
 SETTLE, HOLDS, ENERGY, WORK, STOP = range(5)
 _LARGEST_GROUP = 512
+_MOST_UNKEPT = 1_000  # records in memory, while neither the database nor the spool takes any
 _RETRY_SECONDS = 0.25
 _LONGEST_RETRY_SECONDS = 2.0
 COMMIT_SECONDS = 5.0  # what a group may take at PostgreSQL
@@ -260,11 +261,21 @@ class Writer(threading.Thread):
             self._spool.append([record for record, _ in ended])
         except OSError as error:
             self._unkept += [(_broken_off(record), slot) for record, slot in ended[len(self._unkept) :]]
-            logger.error("spool_refused", error=str(error), records=len(self._unkept))
+            dropped = self._drop_refusals()
+            logger.error("spool_refused", error=str(error), records=len(self._unkept), dropped=dropped)
             return False
         self._unkept.clear()
         _free(ended)
         return True
+
+    def _drop_refusals(self) -> int:
+        """Nothing is admitted, but callers ask again: beyond a limit the records of refusals go, which cost nothing."""
+        if len(self._unkept) <= _MOST_UNKEPT:
+            return 0
+        refusals = [ended for ended in self._unkept if ended[0].outcome == Outcome.REFUSED]
+        self._unkept = [ended for ended in self._unkept if ended[0].outcome != Outcome.REFUSED]
+        _free(refusals)
+        return len(refusals)
 
     def _broken(self, error: StoreUnavailable) -> None:
         if self.healthy:
