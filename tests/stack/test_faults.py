@@ -82,14 +82,15 @@ def test_ledger_disk_full(appliance: Appliance, alarms: Alarms, log: str) -> Non
         inflict(
             appliance, alarms, f"ledger's disk: full{log}", lambda: harm.fill(appliance, "gateway-data"),
             lambda: harm.free(appliance, "gateway-data"),
-            within=PROGRAM_START, alert="LedgerUnavailable/gateway", harm_is_felt=lambda load: ledger_refuses(appliance),
+            within=PROGRAM_START, alert="LedgerUnavailable/gateway", harm_is_felt=lambda load: ledger_refuses(appliance, load),
         )  # fmt: skip
     finally:
         harm.free(appliance, "gateway-data")
 
 
-def ledger_refuses(appliance: Appliance) -> None:
-    """The fault is felt: nothing is admitted. Calls for a model that nobody has are booked too, and cost no engine."""
+def ledger_refuses(appliance: Appliance, load: Load) -> None:
+    """The fault is felt: nothing is admitted, and callers are told. Calls for a model that nobody has are booked too, and
+    cost no engine."""
 
     def refuses() -> bool:
         nobody = {"model": "nobody", "messages": [{"role": "user", "content": "?"}]}
@@ -97,6 +98,7 @@ def ledger_refuses(appliance: Appliance) -> None:
         return appliance.edge.call("GET", "/ready", seconds=5).status == 503
 
     until("the ledger refuses", refuses, 600, every=0.1)
+    a_failure(load)
 
 
 @pytest.mark.parametrize(
