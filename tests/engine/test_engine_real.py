@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def kv_tokens(engine: RealEngine) -> int:
     """The size of the KV cache that vLLM itself reports in its log."""
     [said] = re.findall(r"KV cache size: ([\d,]+) tokens", engine.log.read_text())[-1:]
     return int(said.replace(",", ""))
+
+
+def test_a_seeded_call_whose_prompt_is_computed_in_parts_does_not_end_the_engine(engine: RealEngine) -> None:
+    """Beside other calls, on a CPU, this ended vLLM, and with it everybody's answers."""
+    long = [number * 7 + 1000 for number in range(400)]  # the engine computes 64 tokens in a step
+    seeded = {"temperature": 1.0, "seed": 7, "max_tokens": 40, "ignore_eos": True}
+    bodies = [{**seeded, "prompt": long[number:]} for number in range(6)]
+    with ThreadPoolExecutor(len(bodies)) as callers:
+        for answer in callers.map(lambda body: ask(engine, "/v1/completions", body), bodies):
+            assert answer["usage"]["completion_tokens"] == 40
+    assert engine.status()["state"] == "ready"
 
 
 def test_it_answers_from_a_real_model(engine: RealEngine) -> None:

@@ -86,7 +86,7 @@ def environment(settings: Settings, place: Place, base: Mapping[str, str], state
     if settings.vllm_api_key is not None:
         env["VLLM_API_KEY"] = settings.vllm_api_key.get_secret_value()
     env["ENGINE_PROGRESS_TOKEN"] = token
-    env["PYTHONPATH"] = str(state / "plugin")  # two files of ours, none of our dependencies
+    env["PYTHONPATH"] = str(state / "plugin")  # files of ours, none of our dependencies
     env["PYTHONUNBUFFERED"] = "1"  # the last line before a crash is the one that matters
     env["HF_HUB_OFFLINE"] = "1"  # the model is here; a look-up on the hub would hang without a network
     env.setdefault("VLLM_NO_USAGE_STATS", "1")

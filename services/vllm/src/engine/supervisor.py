@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 from loguru import logger
 
-from engine import cause, command, evidence, family, place, progress, stacks
+from engine import cause, command, evidence, family, place, progress, seeds, stacks
 from engine.child import Child
 from engine.cluster import Cluster, keep_here
 from engine.command import Place
@@ -336,3 +336,8 @@ class Supervisor:
         plugin.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(progress.__file__), plugin / f"{command.PROGRESS_MODULE}.py")
         shutil.copyfile(Path(stacks.__file__), plugin / "sitecustomize.py")
+        shutil.copyfile(Path(seeds.__file__), plugin / "engine_seeds.py")
+        described = plugin / "engine_seeds-1.dist-info"  # how vLLM finds its plugins
+        described.mkdir(exist_ok=True)
+        (described / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-seeds\nVersion: 1\n")
+        (described / "entry_points.txt").write_text(seeds.ENTRY_POINT)
