@@ -276,9 +276,9 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             assert (refused.status, refused.code) == (503, "ledger_unavailable")
             assert int(refused.headers["retry-after"]) >= 1
             assert gateway.get("/ready").status == 503
-            assert ledger_state(gateway) >= (0, 1)
-            failures = ledger_state(gateway)[1]
-            wait_until("each attempt that fails counts", lambda: ledger_state(gateway) > (0, failures))
+            _, failures = ledger_state(gateway)
+            assert failures >= 1
+            wait_until("each attempt that fails counts", lambda: ledger_state(gateway)[1] > failures)
             assert gateway.get("/v1/models").status == 200  # keys are served from memory, never 401
             caller.join(60)
             assert stream[0].body.endswith(b"data: [DONE]\n\n")  # its usage is safe in the spool
@@ -286,8 +286,7 @@ def test_while_the_database_refuses_callers_are_told_503_and_it_heals_by_itself(
             lock.execute("ROLLBACK")
             lock.close()
         wait_until("it heals", lambda: gateway.get("/ready").status == 200)
-        up, failures = ledger_state(gateway)
-        assert (up, failures) >= (1, 2)
+        assert ledger_state(gateway)[0] == 1
         assert chat().status == 200
         wait_until(
             "the spool is replayed",

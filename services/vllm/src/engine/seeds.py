@@ -35,7 +35,7 @@ def mend(runner: Any) -> None:
         dropped = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0]
         hidden = {number: batch.generators.pop(number) for number in map(int, dropped) if number in batch.generators}
         for generator in hidden.values():
-            generator.manual_seed(generator.initial_seed())  # nothing of the answer has been drawn before
+            generator.manual_seed(generator.initial_seed())  # exact, unless the call was preempted: then it draws anew
         try:
             return original(self, *args, **more)
         finally:
