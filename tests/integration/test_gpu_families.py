@@ -68,7 +68,7 @@ def compare(page: Page, name: str) -> None:
     assert golden.read_text() == text
 
 
-@pytest.mark.parametrize("gpu", ["h100", "a100", "l4", "rtx4090"])
+@pytest.mark.parametrize("gpu", ["h100", "h200", "a100", "l4", "rtx4090"])
 def test_each_described_gpu_has_its_page(gpu: str, library: Path, tmp_path: Path) -> None:
     compare(sampled(Scenario(tmp_path, gpu), library), gpu)
 
@@ -192,7 +192,7 @@ def test_promtool_finds_nothing_to_say_of_native_names() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not on PATH (Debian: apt-get install prometheus)")
-    for golden in ("h100", "a100", "l4", "rtx4090"):
+    for golden in ("h100", "h200", "a100", "l4", "rtx4090"):
         page = (GOLDEN / f"{golden}.prom").read_bytes()
         checked = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, check=False)
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")

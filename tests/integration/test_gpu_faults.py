@@ -123,6 +123,17 @@ def test_a_probe_that_is_killed_is_replaced(library: Path, tmp_path: Path) -> No
         exporter.until("recovery", collecting)
 
 
+def test_a_probe_that_ends_between_two_samples_is_told(library: Path, tmp_path: Path) -> None:
+    with started(Scenario(tmp_path, "h100"), library, GPU_SAMPLE_SECONDS="3") as exporter:
+        exporter.until("a sample", collecting)
+        (probe,) = psutil.Process(exporter.process.pid).children()
+        probe.kill()
+        failed = {"error": "probe_died_of_signal_9"}
+        exporter.event("probe_ended", level="warning", **failed)
+        page = exporter.until("a new probe", lambda page: page.values("gpu_exporter_call_failures_total", **failed))
+        assert page.value("gpu_exporter_failed_collects_total") == 0  # no sample was lost
+
+
 def ended(process: psutil.Process) -> bool:
     """Whether it is no more; one that nobody has collected counts as ended, one that got its number does not count."""
     try:

@@ -140,8 +140,8 @@ def _gpu(model: Model, index: int, elapsed: float) -> Gpu:
         "pcie_width": 16.0,
         "pcie_width_maximum": 16.0,
         "pcie_replays": 0.0,
-        "pcie_transmitted": moved / 8,
-        "pcie_received": moved / 4,
+        "pcie_transmit_rate": load * 2e8,
+        "pcie_receive_rate": load * 5e8,
         "mig_mode": 0.0,
     }
     if model.performance_counters:

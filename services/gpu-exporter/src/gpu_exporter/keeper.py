@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from loguru import logger
+
 from gpu_exporter.probe import PAGE_BYTES
 from gpu_exporter.readings import Sample, decode
 
@@ -134,7 +136,7 @@ class Keeper:
         self._next_renewal = 0.0
         self._stuck: list[subprocess.Popen[bytes]] = []
         self._quarantine: dict[int, tuple[float, float]] = {}  # index: until, how long
-        self._listening_failures: dict[tuple[str, str], int] = {}
+        self._failed_between: dict[tuple[str, str], int] = {}  # between two samples
         self.replacements = -1  # the first probe replaces none
 
     @property
@@ -165,15 +167,15 @@ class Keeper:
             if not gpu.unreadable:
                 self._quarantine.pop(gpu.identity.index, None)
         self._seen = frozenset(gpu.identity.uuid for gpu in sample.gpus if not gpu.unreadable)
-        if self._listening_failures:
+        if self._failed_between:
             sample = Sample(
                 sample.driver,
                 sample.gpus,
-                {**sample.failures, **self._listening_failures},
+                {**sample.failures, **self._failed_between},
                 sample.calls,
                 sample.duration,
             )
-            self._listening_failures = {}
+            self._failed_between = {}
         return sample
 
     def idle(self, seconds: float, wake: int) -> None:
@@ -196,7 +198,11 @@ class Keeper:
                 try:
                     for message in self._probe.messages():
                         self._pass_on(message)
-                except (CollectFailed, ValueError):
+                except CollectFailed as failure:  # nobody asked for anything: no sample would tell of it
+                    logger.warning("probe_ended", call=failure.call, error=failure.error)
+                    self._count_between(failure.call, failure.error)
+                    self.renew()
+                except ValueError:
                     self.renew()  # the next sample starts a new one and reports what is wrong then
 
     def renew(self) -> None:
@@ -245,8 +251,10 @@ class Keeper:
         if "xids" in message:
             self._on_xids([(str(u), int(x), int(n), float(t)) for u, x, n, t in message["xids"]])
         if "listening_failed" in message:
-            key = (str(message["listening_failed"]["call"]), str(message["listening_failed"]["error"]))
-            self._listening_failures[key] = self._listening_failures.get(key, 0) + 1
+            self._count_between(str(message["listening_failed"]["call"]), str(message["listening_failed"]["error"]))
+
+    def _count_between(self, call: str, error: str) -> None:
+        self._failed_between[call, error] = self._failed_between.get((call, error), 0) + 1
 
     def _isolate(self, index: int) -> None:
         """Leave a GPU that hangs out of the next samples, for longer each time, so that the others stay visible."""
