@@ -1,83 +1,159 @@
 """What the appliance costs at the saturation of the real engine: `BENCH_ENGINE=1 make bench`.
 
-vLLM's CPU build with the embedded model, more streams than it takes at once; rounds of the same work in turns sent
-directly and through the gateway (everything on). On a machine without a GPU the engine uses every core, so what the
-gateway needs is taken from the engine; with a GPU it is not.
+More streams than the engine takes at once; rounds of the same work in turns sent directly, through the gateway
+(everything on) and through TLS and nginx as well. Without a GPU it is vLLM's CPU build with the embedded model: the
+engine then uses every core, so what the gateway needs is taken from the engine. With a GPU it is not: the engine's own
+variables (`ENGINE_DEVICE=gpu MODEL_NAME=… TP_SIZE=2`, docs/engine.md) choose another engine, `BENCH_STREAMS`,
+`BENCH_TOKENS`, `BENCH_CLIENTS` (processes) and `BENCH_ROUNDS` the load.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
+import ssl
 import statistics
 import tempfile
 import time
+import urllib.request
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tests.bench import gateways, machine
+from tests.bench import edge, gateways, machine
 from tests.bench.machine import Process
 from tests.engine.conftest import KEY, MODEL, START_SECONDS, RealEngine
 
-STREAMS, TOKENS = 16, 48  # at once, each
-CALLS = 48  # a round
+STREAMS = int(os.environ.get("BENCH_STREAMS", "16"))  # at once
+TOKENS = int(os.environ.get("BENCH_TOKENS", "48"))  # each
+TEMPERATURE = float(os.environ.get("BENCH_TEMPERATURE", "0"))  # above 0 for weights that are dummies
+CALLS = 3 * STREAMS  # a round
+CLIENTS = int(os.environ.get("BENCH_CLIENTS", "1"))  # processes: one reads some thousand events a second
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "4"))
+LABELS = {"direct": "to vLLM directly", "through": "through the gateway", "edge": "through TLS, nginx and the gateway"}
+COUNTED = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
 
 
-async def one(session: aiohttp.ClientSession, url: str, key: str, number: int) -> tuple[float, int]:
-    """Seconds to the first token, and tokens, of one stream."""
+@dataclass(frozen=True)
+class Way:
+    """Where calls go, and as whom."""
+
+    url: str
+    key: str
+    model: str
+
+
+async def one(session: aiohttp.ClientSession, way: Way, number: int) -> tuple[float, int, int]:
+    """Seconds to the first token, tokens, and events, of one stream."""
     body = {
-        "model": MODEL, "messages": [{"role": "user", "content": f"Tell me story {number}."}], "stream": True,
-        "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "stream_options": {"include_usage": True},
+        "model": way.model, "messages": [{"role": "user", "content": f"Tell me story {number}."}], "stream": True,
+        "max_tokens": TOKENS, "ignore_eos": True, "temperature": TEMPERATURE,
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
     began = time.perf_counter()
-    first, tokens = 0.0, 0
-    async with session.post(
-        f"{url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"}
-    ) as answer:
+    first, tokens, events = 0.0, 0, 0
+    headers = {"authorization": f"Bearer {way.key}"}
+    async with session.post(f"{way.url}/v1/chat/completions", json=body, headers=headers) as answer:
         answer.raise_for_status()
         async for line in answer.content:
-            if not first and b'"content":"' in line and b'"content":""' not in line:
-                first = time.perf_counter() - began
-            if b'"usage":{' in line and b'"choices":[]' in line:
-                tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-    return first, tokens
+            if line.startswith(b"data: {"):
+                events += 1
+                if events == 2:  # the first only says who speaks
+                    first = time.perf_counter() - began
+                if b'"choices":[]' in line:
+                    tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+    return first, tokens, events - 2  # that one, and the one of the usage
 
 
-async def turn(url: str, key: str, seed: int) -> dict[str, float]:
-    """One round: `CALLS` calls, `STREAMS` at once."""
-    waiting = iter(range(CALLS))
-    found: list[tuple[float, int]] = []
+async def _shift(way: Way, streams: int, numbers: range) -> tuple[float, float, list[tuple[float, int, int]]]:
+    waiting = iter(numbers)
+    found: list[tuple[float, int, int]] = []
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE  # a certificate that this run made itself
 
     async def worker(session: aiohttp.ClientSession) -> None:
         for number in waiting:
-            taken = await one(session, url, key, seed * CALLS + number)
+            taken = await one(session, way, number)
             found.append(taken)
 
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
-        began = time.perf_counter()
-        await asyncio.gather(*(worker(session) for _ in range(STREAMS)))
-        seconds = time.perf_counter() - began
-    firsts = sorted(first for first, _ in found)
+    connector = aiohttp.TCPConnector(limit=0, ssl=trusting)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
+        began = time.monotonic()
+        await asyncio.gather(*(worker(session) for _ in range(streams)))
+        return began, time.monotonic(), found
+
+
+def shift(way: Way, streams: int, numbers: range) -> tuple[float, float, list[tuple[float, int, int]]]:
+    """One client process's part of a round: when it began and ended (monotonic seconds), and its streams."""
+    return asyncio.run(_shift(way, streams, numbers))
+
+
+def turn(pool: ProcessPoolExecutor, way: Way, seed: int, gateway: Process) -> dict[str, float]:
+    """One round: `CALLS` calls, `STREAMS` at once."""
+    used = gateway.cpu_seconds()
+    each = CALLS // CLIENTS
+    parts = [
+        pool.submit(shift, way, STREAMS // CLIENTS, range(seed * CALLS + i * each, seed * CALLS + (i + 1) * each))
+        for i in range(CLIENTS)
+    ]
+    done = [part.result() for part in parts]
+    seconds = max(ended for _, ended, _ in done) - min(began for began, _, _ in done)
+    found = list(itertools.chain.from_iterable(streams for _, _, streams in done))
+    firsts = sorted(first for first, _, _ in found)
     return {
-        "tokens_s": sum(tokens for _, tokens in found) / seconds,
+        "tokens_s": sum(tokens for _, tokens, _ in found) / seconds,
+        "events_s": sum(events for _, _, events in found) / seconds,
         "ttft_p50_ms": statistics.median(firsts) * 1e3,
         "ttft_p99_ms": firsts[-1 - len(firsts) // 100] * 1e3,
+        "gateway_cores": (gateway.cpu_seconds() - used) / seconds,
+        "tokens": sum(tokens for _, tokens, _ in found),
     }
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """The engine's environment: what is set here, else the CPU build and the embedded model."""
+    secret = folder / "api-key"
+    secret.write_text(KEY + "\n")
+    names = ("MODEL_NAME", "SERVED_MODEL_NAME", "MODEL_CACHE_DIR", "TP_SIZE", "MAX_MODEL_LEN", "MAX_NUM_SEQS")
+    names += ("GPU_MEMORY_UTILIZATION", "LD_LIBRARY_PATH")
+    given = {
+        name: value for name, value in os.environ.items() if name in names or name.startswith(("ENGINE_", "VLLM_"))
+    }
+    return {
+        "ENGINE_VENV": str(machine.ROOT / ".state" / "engine-venv"),
+        "MODEL_CACHE_DIR": str(machine.ROOT / ".state" / "models"),
+        "ENGINE_EAGER": "true",
+        "MAX_NUM_SEQS": str(STREAMS),
+        "VLLM_API_KEY_FILE": str(secret),
+        **given,
+    }
+
+
+def _counted(url: str) -> float:
+    """Tokens that the engine says it read and made."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
+        lines = page.read().decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(COUNTED))
+
+
+def _billed(url: str) -> int:
+    asked = urllib.request.Request(f"{url}/v1/usage", headers={"Authorization": f"Bearer {gateways.KEY}"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return int(json.load(answer)["used_tokens"])
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Start both, load them in turns, stop both."""
-    places = {
-        "ENGINE_VENV": os.environ.get("ENGINE_VENV") or str(machine.ROOT / ".state" / "engine-venv"),
-        "MODEL_CACHE_DIR": os.environ.get("MODEL_CACHE_DIR") or str(machine.ROOT / ".state" / "models"),
-    }
-    secret = folder / "api-key"
-    secret.write_text(KEY + "\n")
-    environment = {**places, "VLLM_API_KEY_FILE": str(secret), "ENGINE_EAGER": "true", "MAX_NUM_SEQS": str(STREAMS)}
-    result: dict[str, Any] = {"machine": machine.describe(), "direct": [], "through": [], "others": []}
+    """Start all, load them in turns, stop them."""
+    environment = _places(folder)
+    model = os.environ.get("SERVED_MODEL_NAME", MODEL)
+    told = {"streams": STREAMS, "tokens": TOKENS, "calls": CALLS, "model": model, "clients": CLIENTS}
+    result: dict[str, Any] = {"machine": machine.describe(gateways.PYTHON), "load": told, "rounds": []}
+    nginx: Process | None = None
     with RealEngine(folder / "engine", environment) as engine:
         engine.wait_for("ready", START_SECONDS)
         port = machine.free_port()
@@ -85,39 +161,55 @@ def measure(folder: Path) -> dict[str, Any]:
         settings |= {"VLLM_API_KEY": KEY, "TRACE_RATIO": "0.1", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
         gateway = Process("gateway", argv, None, folder, settings)
         try:
-            machine.wait_for("the gateway is ready", lambda: machine.answers(f"http://127.0.0.1:{port}/ready"), 60)
-            ways = {"direct": (engine.url, KEY), "through": (f"http://127.0.0.1:{port}", gateways.KEY)}
-            for url, key in ways.values():
-                asyncio.run(turn(url, key, 999))  # warm
-            for number in range(ROUNDS):
-                order = list(ways) if number % 2 else list(reversed(ways))
-                for way in order:
-                    url, key = ways[way]
-                    taken = asyncio.run(turn(url, key, number))
-                    print(
-                        f"round {number + 1} {way:8} " + " ".join(f"{n} {v:.1f}" for n, v in taken.items()), flush=True
-                    )
-                    result[way].append(taken)
+            url = f"http://127.0.0.1:{port}"
+            machine.wait_for("the gateway is ready", lambda: machine.answers(f"{url}/ready"), 60)
+            ways = {"direct": Way(engine.url, KEY, model), "through": Way(url, gateways.KEY, model)}
+            if edge.NGINX is not None:
+                nginx, https = edge.start(port, folder)
+                ways["edge"] = Way(f"https://127.0.0.1:{https}", gateways.KEY, model)
+            with ProcessPoolExecutor(CLIENTS, mp_context=get_context("spawn")) as pool:
+                for seed, way in enumerate(ways.values()):
+                    turn(pool, way, 1_000_000 + seed, gateway)  # warm
+                billed, counted = _billed(url), 0.0
+                for number in range(ROUNDS):
+                    taken = {}
+                    # Prompts of its own for each turn: whoever repeats another's finds them in the engine's cache.
+                    for index, way in enumerate(list(ways) if number % 2 else list(reversed(ways))):
+                        before = _counted(engine.url)
+                        taken[way] = turn(pool, ways[way], number * len(ways) + index, gateway)
+                        counted += (_counted(engine.url) - before) * (way != "direct")
+                        told_now = " ".join(f"{name} {value:.4g}" for name, value in taken[way].items())
+                        print(f"round {number + 1} {way:8} {told_now}", flush=True)
+                    result["rounds"].append(taken)
+                result["billed"], result["counted"] = _billed(url) - billed, round(counted)
         finally:
+            if nginx is not None:
+                nginx.stop()
             gateway.stop()
     return result
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    rows = ["| | tokens/s | TTFT p50 ms | TTFT p99 ms |", "|---|---|---|---|"]
-    for way, label in (("direct", "to vLLM directly"), ("through", "through the gateway")):
-        taken = result[way]
+    rows = ["| | tokens/s | events/s | TTFT p50 ms | TTFT p99 ms | cores of the gateway |", "|---|---|---|---|---|---|"]
+    ways = [way for way in LABELS if way in result["rounds"][0]]
+    for way in ways:
+        taken = [round_[way] for round_ in result["rounds"]]
         cells = [
-            f"{statistics.median(t[name] for t in taken):.1f} ({min(t[name] for t in taken):.1f}–"
-            f"{max(t[name] for t in taken):.1f})"
-            for name in ("tokens_s", "ttft_p50_ms", "ttft_p99_ms")
+            f"{statistics.median(t[name] for t in taken):,.{digits}f} "
+            f"({min(t[name] for t in taken):,.{digits}f}–{max(t[name] for t in taken):,.{digits}f})"
+            for name, digits in (("tokens_s", 0), ("events_s", 0), ("ttft_p50_ms", 1), ("ttft_p99_ms", 1))
         ]
-        rows.append(f"| {label} | " + " | ".join(cells) + " |")
-    pairs = list(zip(result["direct"], result["through"], strict=True))
-    part = statistics.median(through["tokens_s"] / direct["tokens_s"] for direct, through in pairs)
-    added = statistics.median(through["ttft_p50_ms"] - direct["ttft_p50_ms"] for direct, through in pairs)
-    rows.append(f"\nPair by pair: {part:.1%} of the direct throughput, TTFT p50 {added:+.1f} ms.")
+        cores = statistics.median(t["gateway_cores"] for t in taken)
+        rows.append(f"| {LABELS[way]} | " + " | ".join(cells) + f" | {cores:.2f} |")
+    for way in ways[1:]:
+        pairs = [(round_["direct"], round_[way]) for round_ in result["rounds"]]
+        part = statistics.median(through["tokens_s"] / direct["tokens_s"] for direct, through in pairs)
+        added = statistics.median(through["ttft_p50_ms"] - direct["ttft_p50_ms"] for direct, through in pairs)
+        rows.append(f"\nRound by round, {LABELS[way]}: {part:.1%} of the direct throughput, TTFT p50 {added:+.1f} ms.")
+    rows.append(
+        f"\nThe ledger has {result['billed']:,} tokens of these calls, the engine counted {result['counted']:,}."
+    )
     return "\n".join(rows)
 
 
@@ -125,6 +217,7 @@ def main(docs: Path) -> None:
     """Measure, keep the figures, write the document from the last run of both kinds."""
     machine.STATE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="engine-", dir=machine.STATE) as folder:
+        Path(folder).chmod(0o755)  # a root nginx's workers run as another user
         result = measure(Path(folder))
     (machine.STATE / "engine.json").write_text(json.dumps(result, indent=1))
     print(table(result))

@@ -211,10 +211,11 @@ def at_the_engine() -> str:
     """What `tests.bench.engine` found last, as Markdown."""
     path = machine.STATE / "engine.json"
     if not path.exists():
-        return "Not measured yet."
+        return "none."
     result = json.loads(path.read_text())
     told = result["machine"]
-    return f"{told['time']}, load average {told['load_average']} at the start.\n\n{engine.table(result)}"
+    load = " ".join(f"{name} {value}" for name, value in result["load"].items())
+    return f"{told['time']}, load average {told['load_average']} at the start; {load}.\n\n{engine.table(result)}"
 
 
 def bars(title: str, unit: str, numbers: list[tuple[str, float]]) -> str:
