@@ -106,6 +106,12 @@ def test_on_cpu_the_cache_is_sized_and_ranks_get_their_cores() -> None:
     assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in env
 
 
+def test_on_gpus_a_collective_that_fails_ends_its_process_and_leaves_a_record() -> None:
+    env = environment(load({}), GPU, {}, Path("/state"), "token")
+    assert env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert int(env["TORCH_FR_BUFFER_SIZE"]) > 0  # PyTorch calls TORCH_NCCL_TRACE_BUFFER_SIZE deprecated
+
+
 def test_traces_follow_the_endpoints_protocol() -> None:
     for endpoint, protocol in (("http://j:4318", "http/protobuf"), ("grpc://j:4317", "grpc")):
         settings = load({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})

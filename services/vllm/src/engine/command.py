@@ -102,7 +102,7 @@ def environment(settings: Settings, place: Place, base: Mapping[str, str], state
         # A collective that fails ends its process instead of spinning: a dead worker is noticed at once.
         env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
         # What was in flight is dumped when a collective times out; without a buffer there is nothing to dump.
-        env.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+        env.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         env.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         # Above the first-shape compilation, below vLLM's 300 s: the watchdog is the first to act, this is the second.
         env.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "180")
