@@ -134,6 +134,13 @@ def _places(folder: Path) -> dict[str, str]:
     }
 
 
+def _ready(engine: RealEngine) -> bool:
+    status = engine.status()
+    if status["state"] == "failed":
+        raise RuntimeError(f"the engine failed: {status['reason']}; its log: {engine.log}")
+    return bool(status["ready"])
+
+
 def _counted(url: str) -> float:
     """Tokens that the engine says it read and made."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
@@ -155,7 +162,7 @@ def measure(folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine.describe(gateways.PYTHON), "load": told, "rounds": []}
     nginx: Process | None = None
     with RealEngine(folder / "engine", environment) as engine:
-        engine.wait_for("ready", START_SECONDS)
+        machine.wait_for("the engine is ready", lambda: _ready(engine), START_SECONDS)
         port = machine.free_port()
         argv, settings = gateways.ours(port, engine.port, folder)
         settings |= {"VLLM_API_KEY": KEY, "TRACE_RATIO": "0.1", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
