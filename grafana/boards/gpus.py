@@ -206,8 +206,10 @@ BOARD = Board(
                 lines(
                     "PCIe traffic",
                     "Bytes a second. Much of it with tensor parallelism: no NVLink.",
-                    one("gpu_pcie_transmit_bytes_per_second", f"{NAME} sent"),
-                    one("gpu_pcie_receive_bytes_per_second", f"{NAME} received"),
+                    rate("gpu_pcie_transmitted_bytes_total", f"{NAME} sent"),
+                    rate("gpu_pcie_received_bytes_total", f"{NAME} received"),
+                    one("gpu_pcie_transmit_bytes_per_second", f"{NAME} sent, last sample"),
+                    one("gpu_pcie_receive_bytes_per_second", f"{NAME} received, last sample"),
                     one("gpu_pcie_throughput_bytes_per_second", by("direction")),
                     unit="Bps",
                 ),

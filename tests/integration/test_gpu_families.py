@@ -19,7 +19,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "gpu"
 # What differs from run to run.
 VOLATILE = re.compile(
     r"^((?:# (?:HELP|TYPE) )?process_.*|(gpu_exporter_(last_(collect|hang)_(timestamp|duration)_seconds|collects_total)|"
-    r"gpu_xid_last_timestamp_seconds(\{.*\})?|DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL\{.*\})) .*\n",
+    r"gpu_xid_last_timestamp_seconds(\{.*\})?|gpu_pcie_(transmitted|received)_bytes_total\{.*\}|"
+    r"DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL\{.*\})) .*\n",
     re.MULTILINE,
 )
 MIG = {
@@ -71,6 +72,29 @@ def compare(page: Page, name: str) -> None:
 @pytest.mark.parametrize("gpu", ["h100", "h200", "a100", "l4", "rtx4090"])
 def test_each_described_gpu_has_its_page(gpu: str, library: Path, tmp_path: Path) -> None:
     compare(sampled(Scenario(tmp_path, gpu), library), gpu)
+
+
+def test_pcie_bytes_are_added_up_and_do_not_go_round(library: Path, tmp_path: Path) -> None:
+    scenario = Scenario(tmp_path, "h100")
+    scenario.change(_0__Gpm__20="61440", _0__Gpm__21="0")  # MiB/s: the driver's 32 bits would go round each 67 ms
+    with Exporter(scenario.environment(library)) as exporter:
+
+        def told() -> tuple[float, float]:
+            page = exporter.next_sample()
+            at, sent = (
+                page.value(name)
+                for name in ("gpu_exporter_last_collect_timestamp_seconds", "gpu_pcie_transmitted_bytes_total")
+            )
+            assert at is not None
+            assert sent is not None
+            assert page.value("gpu_pcie_received_bytes_total") == 0
+            return at, sent
+
+        (began, before), (ended, after) = told(), told()
+        for _ in range(8):
+            ended, after = told()
+        assert after - before == pytest.approx((ended - began) * 61440 * 2**20, rel=0.2)
+        assert after > 2**33
 
 
 def test_two_gpus_with_both_kinds_of_names(library: Path, tmp_path: Path) -> None:

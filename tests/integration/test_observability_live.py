@@ -38,7 +38,7 @@ WITHOUT = {
     "vllm:request_(prompt|generation)_tokens.*": ELSEWHERE,
     "gpu_mig_(memory|graphics|sm|tensor|dram)_.*|gpu_mig_mode_pending": HARDWARE,
     "gpu_(bar1|retired|fan|process|violation|nvlink_links|nvlink_speed).*": HARDWARE,
-    "gpu_(pcie|nvlink)_(transmit|receive)_bytes_per_second": HARDWARE,
+    "gpu_nvlink_(transmit|receive)_bytes_per_second": HARDWARE,
     "gpu_pcie_(errors_total|throughput_bytes_per_second|replay_rollovers_total)": HARDWARE,
     "gpu_(clock_event_seconds_total|ecc_mode_pending|row_remap_banks)": HARDWARE,
     "gpu_temperature_(limit_margin|threshold)_celsius": HARDWARE,

@@ -124,7 +124,6 @@ FIELDS: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
     ("CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN", "clock_event_time", NANO, ("sw_thermal_slowdown",)),
     ("CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN", "clock_event_time", NANO, ("hw_thermal_slowdown",)),
     ("CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN", "clock_event_time", NANO, ("hw_power_brake_slowdown",)),
-    # Not PCIE_COUNT_TX_BYTES and _RX_BYTES: 32 bits, which an H200 went round every 1.2 s at 3.5 GB/s.
     ("PCIE_REPLAY_ROLLOVER_COUNTER", "pcie_replay_rollovers", ONE, ()),
     ("PCIE_COUNT_CORRECTABLE_ERRORS", "pcie_errors", ONE, ("correctable",)),
     ("PCIE_COUNT_NON_FATAL_ERROR", "pcie_errors", ONE, ("non_fatal",)),
@@ -167,6 +166,10 @@ PERFORMANCE: tuple[tuple[str, str, float], ...] = (
     ("NVLINK_TOTAL_TX_PER_SEC", "nvlink_transmit_rate", MIB),
     ("NVLINK_TOTAL_RX_PER_SEC", "nvlink_receive_rate", MIB),
 )
+
+# Bytes in all, added up from the rates above: the driver's own counters (PCIE_COUNT_TX_BYTES) have 32 bits, which an
+# H200 went round every 1.2 s at 3.5 GB/s.
+TOTALS = {"pcie_transmit_rate": "pcie_transmitted", "pcie_receive_rate": "pcie_received"}
 
 # What a MIG device's share is measured by; the links belong to the whole GPU.
 MIG_PERFORMANCE = PERFORMANCE[:9]

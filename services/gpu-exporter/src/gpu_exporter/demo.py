@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from gpu_exporter.readings import Driver, Gpu, Identity, Reading, Sample
 
 GIB = 1024.0**3
+LINK_RATE = 2e9  # bytes a second that a GPU moves over its links
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def _gpu(model: Model, index: int, elapsed: float) -> Gpu:
     load = _load(index, elapsed)
     power = model.idle_power + (0.9 * model.power_limit - model.idle_power) * load
     used = model.memory * (0.02 if elapsed < 1 else 0.9)
-    moved = 2e9 * elapsed
+    moved = LINK_RATE * elapsed
     plain = {
         "utilization": load,
         "memory_utilization": load * 0.6,
@@ -140,14 +141,14 @@ def _gpu(model: Model, index: int, elapsed: float) -> Gpu:
         "pcie_width": 16.0,
         "pcie_width_maximum": 16.0,
         "pcie_replays": 0.0,
-        "pcie_transmit_rate": load * 2e8,
-        "pcie_receive_rate": load * 5e8,
         "mig_mode": 0.0,
     }
     if model.performance_counters:
         shares = {"graphics": 1.0, "sm": 0.9, "tensor": 0.55, "dram": 0.7, "fp16": 0.1, "fp32": 0.15, "fp64": 0.0}
         plain |= {f"{name}_active": load * share for name, share in shares.items()}
         plain |= {"sm_occupancy": load * 0.4, "integer_active": load * 0.2}
+        plain |= {"pcie_transmit_rate": LINK_RATE / 8, "pcie_receive_rate": LINK_RATE / 4}
+        plain |= {"pcie_transmitted": moved / 8, "pcie_received": moved / 4}
     readings: dict[str, list[Reading]] = {quantity: [(value, ())] for quantity, value in plain.items()}
     readings["power_limit"] = [(model.power_limit, (kind,)) for kind in ("enforced", "default", "maximum")]
     readings["clock"] = [

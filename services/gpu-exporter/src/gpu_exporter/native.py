@@ -90,6 +90,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("gpu_pcie_replays_total", "counter", "pcie_replays", (), "PCIe packets sent again."),
     Family("gpu_pcie_replay_rollovers_total", "counter", "pcie_replay_rollovers", (), "Times the replay number rolled over."),
     Family("gpu_pcie_errors_total", "counter", "pcie_errors", ("kind",), "PCIe errors."),
+    Family("gpu_pcie_transmitted_bytes_total", "counter", "pcie_transmitted", (), "PCIe bytes sent, headers included, since the probe started."),
+    Family("gpu_pcie_received_bytes_total", "counter", "pcie_received", (), "PCIe bytes received, headers included, since the probe started."),
     Family("gpu_pcie_throughput_bytes_per_second", "gauge", "pcie_throughput", ("direction",), "PCIe throughput over 20 ms (GPU_PCIE_THROUGHPUT)."),
     # NVLink
     Family("gpu_nvlink_links", "gauge", "nvlink_links", (), "Links of the GPU."),

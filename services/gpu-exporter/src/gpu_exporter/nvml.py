@@ -54,6 +54,8 @@ class _Device:
         self.mig_enabled: bool | None = None
         # Two buffers for performance samples by GPU instance (None: the whole GPU); the first holds the last sample.
         self.performance: dict[int | None, list[Any]] = {}
+        self.sampled_at: dict[int | None, float] = {}  # monotonic seconds of that last sample
+        self.moved: dict[str, float] = {}  # bytes, by quantity of `calls.TOTALS`
 
 
 class Nvml:
@@ -291,6 +293,9 @@ class Nvml:
             else:
                 self._call("nvmlGpmMigSampleGet", device.handle, instance, newer)
             device.performance[instance] = [newer, older]
+            now = time.monotonic()
+            seconds = now - device.sampled_at.get(instance, now)
+            device.sampled_at[instance] = now
             if first:
                 return
             request = pynvml.c_nvmlGpmMetricsGet_t(version=pynvml.NVML_GPM_METRICS_GET_VERSION)
@@ -303,7 +308,11 @@ class Nvml:
             return
         for slot, (_, quantity, factor) in enumerate(metrics):
             if request.metrics[slot].nvmlReturn == 0:
-                _add(found, quantity, request.metrics[slot].value * factor)
+                value = request.metrics[slot].value * factor
+                _add(found, quantity, value)
+                if (total := calls.TOTALS.get(quantity)) and math.isfinite(value):
+                    device.moved[total] = device.moved.get(total, 0.0) + value * seconds
+                    _add(found, total, device.moved[total])
 
     def _process_memory(self, device: _Device, found: dict[str, list[Reading]]) -> None:
         processes = self._optional(device, "nvmlDeviceGetComputeRunningProcesses_v3")
