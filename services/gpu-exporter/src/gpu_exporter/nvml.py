@@ -293,9 +293,8 @@ class Nvml:
             else:
                 self._call("nvmlGpmMigSampleGet", device.handle, instance, newer)
             device.performance[instance] = [newer, older]
-            now = time.monotonic()
-            seconds = now - device.sampled_at.get(instance, now)
-            device.sampled_at[instance] = now
+            then = device.sampled_at.get(instance, 0.0)
+            device.sampled_at[instance] = time.monotonic()
             if first:
                 return
             request = pynvml.c_nvmlGpmMetricsGet_t(version=pynvml.NVML_GPM_METRICS_GET_VERSION)
@@ -311,7 +310,7 @@ class Nvml:
                 value = request.metrics[slot].value * factor
                 _add(found, quantity, value)
                 if (total := calls.TOTALS.get(quantity)) and math.isfinite(value):
-                    device.moved[total] = device.moved.get(total, 0.0) + value * seconds
+                    device.moved[total] = device.moved.get(total, 0.0) + value * (device.sampled_at[instance] - then)
                     _add(found, total, device.moved[total])
 
     def _process_memory(self, device: _Device, found: dict[str, list[Reading]]) -> None:
