@@ -20,6 +20,7 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from loguru import logger
 
+from gateway import kernel
 from gateway.bounds import Bounds
 from gateway.exchange import Application
 from gateway.protocol import Connection, Connections
@@ -30,6 +31,8 @@ BODY_SLACK_BYTES = 1_048_576
 # The ledger's writer thread wants Python's lock after each statement, and a busy event loop keeps it for this long.
 # With the default of 5 ms a commit takes tens of milliseconds; measured with 16 connections: half the latency.
 SWITCH_SECONDS = 0.0005
+OTHER_FILES = 64  # what is open beside clients and engines
+MOST_FILES = 2 * 16_384 + OTHER_FILES
 CANCEL_SECONDS = 5.0  # what a cancelled call gets to settle before the process goes on stopping
 _StockServer = TCPServer
 
@@ -154,7 +157,7 @@ def bounds_of(settings: Settings, files: int) -> Bounds:
     return Bounds(
         idle_seconds=75.0,
         body_bytes=settings.max_body_bytes + BODY_SLACK_BYTES,
-        connections=max(16, min(16_384, (files - 64) // 2)),
+        connections=max(16, (min(files, MOST_FILES) - OTHER_FILES) // 2),
     )
 
 
@@ -179,6 +182,7 @@ async def serve(
         _install()
         connections = config.connections = Connections(app, bounds or bounds_of(settings, files))
         connections.start(asyncio.get_running_loop())
+    kernel.make_room_for_files(min(files, MOST_FILES))
     sockets = config.create_sockets()
     addresses = [sock.getsockname()[:2] for sock in sockets.insecure_sockets]
 
