@@ -1,7 +1,8 @@
 """What the appliance costs at the saturation of the real engine: `BENCH_ENGINE=1 make bench`.
 
-More streams than the engine takes at once; rounds of the same work in turns sent directly, through the gateway
-(everything on) and through TLS and nginx as well. Without a GPU it is vLLM's CPU build with the embedded model: the
+As many streams as the engine takes at once; rounds of the same work in turns sent directly, through the gateway
+(everything on) and through TLS and nginx as well; and turns in which each half of the streams goes one way, so that both
+meet the same engine at the same moment. Without a GPU it is vLLM's CPU build with the embedded model: the
 engine then uses every core, so what the gateway needs is taken from the engine. With a GPU it is not: the engine's own
 variables (`ENGINE_DEVICE=gpu MODEL_NAME=… TP_SIZE=2`, docs/engine.md) choose another engine, `BENCH_STREAMS`,
 `BENCH_TOKENS`, `BENCH_CLIENTS` (processes) and `BENCH_ROUNDS` the load.
@@ -18,11 +19,12 @@ import statistics
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 from tests.bench import edge, gateways, machine
@@ -30,13 +32,26 @@ from tests.bench.machine import Process
 from tests.engine.conftest import KEY, MODEL, START_SECONDS, RealEngine
 
 STREAMS = int(os.environ.get("BENCH_STREAMS", "16"))  # at once
-TOKENS = int(os.environ.get("BENCH_TOKENS", "48"))  # each
+TOKENS = int(
+    os.environ.get("BENCH_TOKENS", "48")
+)  # each on average: half to one and a half times as many, 16 calls in a row alike
 TEMPERATURE = float(os.environ.get("BENCH_TEMPERATURE", "0"))  # above 0 for weights that are dummies
 CALLS = 3 * STREAMS  # a round
 CLIENTS = int(os.environ.get("BENCH_CLIENTS", "1"))  # processes: one reads some thousand events a second
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "4"))
 LABELS = {"direct": "to vLLM directly", "through": "through the gateway", "edge": "through TLS, nginx and the gateway"}
 COUNTED = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+OWN = "engine_own_tokens_total"  # the supervisor's canaries, which vLLM counts too
+
+
+class Stream(NamedTuple):
+    """What a client saw of one stream."""
+
+    first: float  # seconds to the first token
+    whole: float  # … and to the end
+    tokens: int
+    billed: int  # the prompt's too
+    events: int
 
 
 @dataclass(frozen=True)
@@ -48,15 +63,15 @@ class Way:
     model: str
 
 
-async def one(session: aiohttp.ClientSession, way: Way, number: int) -> tuple[float, int, int]:
-    """Seconds to the first token, tokens, and events, of one stream."""
+async def one(session: aiohttp.ClientSession, way: Way, number: int) -> Stream:
+    """One stream, read to its end."""
     body = {
         "model": way.model, "messages": [{"role": "user", "content": f"Tell me story {number}."}], "stream": True,
-        "max_tokens": TOKENS, "ignore_eos": True, "temperature": TEMPERATURE,
+        "max_tokens": TOKENS // 2 + number // 16 * 37 % TOKENS, "ignore_eos": True, "temperature": TEMPERATURE,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     began = time.perf_counter()
-    first, tokens, events = 0.0, 0, 0
+    first, usage, events = 0.0, {}, 0
     headers = {"authorization": f"Bearer {way.key}"}
     async with session.post(f"{way.url}/v1/chat/completions", json=body, headers=headers) as answer:
         answer.raise_for_status()
@@ -66,13 +81,14 @@ async def one(session: aiohttp.ClientSession, way: Way, number: int) -> tuple[fl
                 if events == 2:  # the first only says who speaks
                     first = time.perf_counter() - began
                 if b'"choices":[]' in line:
-                    tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-    return first, tokens, events - 2  # that one, and the one of the usage
+                    usage = json.loads(line[6:])["usage"]
+    whole = time.perf_counter() - began  # events: without that one and the one of the usage
+    return Stream(first, whole, usage["completion_tokens"], usage["total_tokens"], events - 2)
 
 
-async def _shift(way: Way, streams: int, numbers: range) -> tuple[float, float, list[tuple[float, int, int]]]:
+async def _shift(way: Way, streams: int, numbers: range) -> tuple[float, float, list[Stream]]:
     waiting = iter(numbers)
-    found: list[tuple[float, int, int]] = []
+    found: list[Stream] = []
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE  # a certificate that this run made itself
 
@@ -88,30 +104,38 @@ async def _shift(way: Way, streams: int, numbers: range) -> tuple[float, float, 
         return began, time.monotonic(), found
 
 
-def shift(way: Way, streams: int, numbers: range) -> tuple[float, float, list[tuple[float, int, int]]]:
-    """One client process's part of a round: when it began and ended (monotonic seconds), and its streams."""
+def shift(way: Way, streams: int, numbers: range) -> tuple[float, float, list[Stream]]:
+    """One client process's part of a turn: when it began and ended (monotonic seconds), and its streams."""
     return asyncio.run(_shift(way, streams, numbers))
 
 
-def turn(pool: ProcessPoolExecutor, way: Way, seed: int, gateway: Process) -> dict[str, float]:
-    """One round: `CALLS` calls, `STREAMS` at once."""
+def turn(pool: ProcessPoolExecutor, ways: Sequence[Way], seed: int, gateway: Process) -> list[dict[str, float]]:
+    """`CALLS` calls, `STREAMS` at once, an equal part each way at the same time; what was seen on each."""
     used = gateway.cpu_seconds()
-    each = CALLS // CLIENTS
-    parts = [
-        pool.submit(shift, way, STREAMS // CLIENTS, range(seed * CALLS + i * each, seed * CALLS + (i + 1) * each))
-        for i in range(CLIENTS)
+    parts = len(ways) * max(1, CLIENTS // len(ways))
+    done = [
+        pool.submit(shift, ways[i % len(ways)], STREAMS // parts, range(seed * CALLS + i, (seed + 1) * CALLS, parts))
+        for i in range(parts)
     ]
-    done = [part.result() for part in parts]
-    seconds = max(ended for _, ended, _ in done) - min(began for began, _, _ in done)
-    found = list(itertools.chain.from_iterable(streams for _, _, streams in done))
-    firsts = sorted(first for first, _, _ in found)
+    ended = [part.result() for part in done]
+    cores = gateway.cpu_seconds() - used
+    return [_seen(ended[i :: len(ways)], cores) for i in range(len(ways))]
+
+
+def _seen(parts: list[tuple[float, float, list[Stream]]], gateway_seconds: float) -> dict[str, float]:
+    seconds = max(ended for _, ended, _ in parts) - min(began for began, _, _ in parts)
+    found = list(itertools.chain.from_iterable(streams for _, _, streams in parts))
+    firsts = sorted(stream.first for stream in found)
+    tokens = sum(stream.tokens for stream in found)
     return {
-        "tokens_s": sum(tokens for _, tokens, _ in found) / seconds,
-        "events_s": sum(events for _, _, events in found) / seconds,
+        "tokens_s": tokens / seconds,
+        "events_s": sum(stream.events for stream in found) / seconds,
         "ttft_p50_ms": statistics.median(firsts) * 1e3,
         "ttft_p99_ms": firsts[-1 - len(firsts) // 100] * 1e3,
-        "gateway_cores": (gateway.cpu_seconds() - used) / seconds,
-        "tokens": sum(tokens for _, tokens, _ in found),
+        "ms_a_token": sum(stream.whole for stream in found) / max(1, tokens) * 1e3,
+        "gateway_cores": gateway_seconds / seconds,
+        "tokens": tokens,
+        "billed": sum(stream.billed for stream in found),
     }
 
 
@@ -142,10 +166,11 @@ def _ready(engine: RealEngine) -> bool:
 
 
 def _counted(url: str) -> float:
-    """Tokens that the engine says it read and made."""
+    """Tokens that the engine says it read and made for others."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
         lines = page.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(COUNTED))
+    own = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(OWN))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(COUNTED)) - own
 
 
 def _billed(url: str) -> int:
@@ -174,19 +199,23 @@ def measure(folder: Path) -> dict[str, Any]:
             if edge.NGINX is not None:
                 nginx, https = edge.start(port, folder)
                 ways["edge"] = Way(f"https://127.0.0.1:{https}", gateways.KEY, model)
-            with ProcessPoolExecutor(CLIENTS, mp_context=get_context("spawn")) as pool:
+            turns = [(way,) for way in ways] + [("direct", way) for way in list(ways)[1:]]
+            with ProcessPoolExecutor(max(CLIENTS, 2), mp_context=get_context("spawn")) as pool:
                 for seed, way in enumerate(ways.values()):
-                    turn(pool, way, 1_000_000 + seed, gateway)  # warm
+                    turn(pool, [way], 1_000_000 + seed, gateway)  # warm
                 billed, counted = _billed(url), 0.0
                 for number in range(ROUNDS):
                     taken = {}
                     # Prompts of its own for each turn: whoever repeats another's finds them in the engine's cache.
-                    for index, way in enumerate(list(ways) if number % 2 else list(reversed(ways))):
+                    for index, names in enumerate(turns if number % 2 else turns[::-1]):
                         before = _counted(engine.url)
-                        taken[way] = turn(pool, ways[way], number * len(ways) + index, gateway)
-                        counted += (_counted(engine.url) - before) * (way != "direct")
-                        told_now = " ".join(f"{name} {value:.4g}" for name, value in taken[way].items())
-                        print(f"round {number + 1} {way:8} {told_now}", flush=True)
+                        seen = turn(pool, [ways[name] for name in names], number * len(turns) + index, gateway)
+                        counted += _counted(engine.url) - before
+                        for name, values in zip(names, seen, strict=True):
+                            counted -= values["billed"] * (name == "direct")
+                            taken[" beside ".join((name, *(n for n in names if n != name)))] = values
+                            told_now = " ".join(f"{what} {value:.4g}" for what, value in values.items())
+                            print(f"round {number + 1} {'+'.join(names):14} {name:8} {told_now}", flush=True)
                     result["rounds"].append(taken)
                 result["billed"], result["counted"] = _billed(url) - billed, round(counted)
         finally:
@@ -198,10 +227,11 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
+    rounds: list[dict[str, dict[str, float]]] = result["rounds"]
+    ways = [way for way in LABELS if way in rounds[0]]
     rows = ["| | tokens/s | events/s | TTFT p50 ms | TTFT p99 ms | cores of the gateway |", "|---|---|---|---|---|---|"]
-    ways = [way for way in LABELS if way in result["rounds"][0]]
     for way in ways:
-        taken = [round_[way] for round_ in result["rounds"]]
+        taken = [round_[way] for round_ in rounds]
         cells = [
             f"{statistics.median(t[name] for t in taken):,.{digits}f} "
             f"({min(t[name] for t in taken):,.{digits}f}–{max(t[name] for t in taken):,.{digits}f})"
@@ -210,10 +240,18 @@ def table(result: dict[str, Any]) -> str:
         cores = statistics.median(t["gateway_cores"] for t in taken)
         rows.append(f"| {LABELS[way]} | " + " | ".join(cells) + f" | {cores:.2f} |")
     for way in ways[1:]:
-        pairs = [(round_["direct"], round_[way]) for round_ in result["rounds"]]
-        part = statistics.median(through["tokens_s"] / direct["tokens_s"] for direct, through in pairs)
-        added = statistics.median(through["ttft_p50_ms"] - direct["ttft_p50_ms"] for direct, through in pairs)
-        rows.append(f"\nRound by round, {LABELS[way]}: {part:.1%} of the direct throughput, TTFT p50 {added:+.1f} ms.")
+        for direct, through, how in (
+            ("direct", way, "in turns"),
+            (f"direct beside {way}", f"{way} beside direct", "side by side"),
+        ):
+            pairs = [(round_[direct], round_[through]) for round_ in rounds]
+            parts = [one["ms_a_token"] / other["ms_a_token"] for one, other in pairs]
+            added = [other["ttft_p50_ms"] - one["ttft_p50_ms"] for one, other in pairs]
+            rows.append(
+                f"\n{LABELS[way]}, {how}: a stream gets {statistics.median(parts):.2%} of the direct tokens a second "
+                f"({min(parts):.2%}–{max(parts):.2%}), TTFT p50 {statistics.median(added):+.1f} ms "
+                f"({min(added):+.1f} to {max(added):+.1f})."
+            )
     rows.append(
         f"\nThe ledger has {result['billed']:,} tokens of these calls, the engine counted {result['counted']:,}."
     )
