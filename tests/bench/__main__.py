@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--no-docs", action="store_true", help="print only, leave docs/benchmarks.md as it is")
     options = parser.parse_args()
     if options.engine or os.environ.get("BENCH_ENGINE"):
-        engine.main(machine.ROOT / "docs")
+        engine.main(None if options.no_docs else machine.ROOT / "docs")
         return
     if options.again:
         report.write(json.loads((machine.STATE / "results.json").read_text()), machine.ROOT / "docs")

@@ -258,8 +258,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def main(docs: Path) -> None:
-    """Measure, keep the figures, write the document from the last run of both kinds."""
+def main(docs: Path | None) -> None:
+    """Measure, keep the figures, and unless `docs` is None write the document from the last run of both kinds."""
     machine.STATE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="engine-", dir=machine.STATE) as folder:
         Path(folder).chmod(0o755)  # a root nginx's workers run as another user
@@ -268,5 +268,5 @@ def main(docs: Path) -> None:
     print(table(result))
     from tests.bench import report  # here: report shows this file's table
 
-    if (machine.STATE / "results.json").exists():
+    if docs is not None and (machine.STATE / "results.json").exists():
         report.write(json.loads((machine.STATE / "results.json").read_text()), docs)
