@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -88,6 +89,22 @@ def test_other_paths_and_methods(library: Path, tmp_path: Path) -> None:
             assert answer.status == status
             assert (body == b"") == (method == "HEAD")
         connection.close()
+
+
+@pytest.mark.parametrize("sent", [b'PO"ST /metrics HTTP/1.1\r\n\r\n', b"GET / HTTP/9.9\r\n\r\n", b"nonsense\r\n\r\n"])
+def test_what_cannot_be_served_is_told_as_json_without_what_was_sent(
+    sent: bytes, library: Path, tmp_path: Path
+) -> None:
+    with Exporter(Scenario(tmp_path, "l4").environment(library)) as exporter:
+        with socket.create_connection(("127.0.0.1", exporter.port), timeout=60) as connection:
+            connection.sendall(sent)
+            head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+        assert head.split()[1] in (b"400", b"501", b"505")
+        assert b"application/json" in head
+        assert b"Server:" not in head
+        assert list(json.loads(body)) == ["error"]
+        assert b"ST" not in body
+        assert b"nonsense" not in body
 
 
 def test_a_crowd_of_idle_connections_is_bounded_and_leaves_again(library: Path, tmp_path: Path) -> None:
