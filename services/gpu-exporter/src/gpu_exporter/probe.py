@@ -19,7 +19,8 @@ import time
 from collections import Counter
 from typing import Any
 
-from gpu_exporter.nvml import DriverFailed, Nvml
+from gpu_exporter.asking import DriverFailed
+from gpu_exporter.nvml import Nvml
 from gpu_exporter.readings import encode, line
 
 PAGE_BYTES = 128

@@ -7,12 +7,19 @@ quantity: the tables of metric names (`native.py`, `dcgm.py`) say what a quantit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Reading = tuple[float, tuple[str, ...]]
 Readings = Mapping[str, Sequence[Reading]]
+
+
+def add(found: dict[str, list[Reading]], quantity: str, value: float, *labels: str) -> None:
+    """Put one reading to the others, unless it is no number: a share of no time at all."""
+    if math.isfinite(value):
+        found.setdefault(quantity, []).append((float(value), labels))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,64 @@
+"""Performance monitoring (GPM): what a GPU, or a part of it, did between two samples."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import pynvml
+
+from gpu_exporter import calls
+from gpu_exporter.asking import Asking, Device
+from gpu_exporter.readings import Reading, add
+
+
+class Monitor:
+    """One GPU's activity. Keys are GPU instances, None the whole GPU."""
+
+    def __init__(self, ask: Asking, device: Device) -> None:
+        self._ask, self._device = ask, device
+        self._samples: dict[int | None, list[Any]] = {}  # two buffers; the first holds the last sample
+        self._sampled_at: dict[int | None, float] = {}  # monotonic seconds of that last sample
+        self._moved: dict[str, float] = {}  # bytes, by quantity of `calls.TOTALS`
+
+    def read(
+        self, found: dict[str, list[Reading]], metrics: tuple[tuple[str, str, float], ...], instance: int | None
+    ) -> None:
+        """Add activity between this sample and the one before: the first sample of a probe has none."""
+        ask, device = self._ask, self._device
+        if "performance" in device.unsupported:
+            return
+        support = ask.optional(device, "nvmlGpmQueryDeviceSupport")
+        if support is None or not support.isSupportedDevice:
+            device.unsupported.add("performance")
+            return
+        try:
+            first = instance not in self._samples
+            if first:
+                self._samples[instance] = [ask.call("nvmlGpmSampleAlloc") for _ in range(2)]
+            older, newer = self._samples[instance]
+            if instance is None:
+                ask.call("nvmlGpmSampleGet", device.handle, newer)
+            else:
+                ask.call("nvmlGpmMigSampleGet", device.handle, instance, newer)
+            self._samples[instance] = [newer, older]
+            then = self._sampled_at.get(instance, 0.0)
+            self._sampled_at[instance] = time.monotonic()
+            if first:
+                return
+            request = pynvml.c_nvmlGpmMetricsGet_t(version=pynvml.NVML_GPM_METRICS_GET_VERSION)
+            request.numMetrics, request.sample1, request.sample2 = len(metrics), older, newer
+            for slot, (name, _, _) in enumerate(metrics):
+                request.metrics[slot].metricId = getattr(pynvml, f"NVML_GPM_METRIC_{name}")
+            ask.call("nvmlGpmMetricsGet", request)
+        except pynvml.NVMLError as error:
+            ask.classify(device.unsupported, "performance", ask.last_call, error)
+            return
+        for slot, (_, quantity, factor) in enumerate(metrics):
+            if request.metrics[slot].nvmlReturn == 0:
+                value = request.metrics[slot].value * factor
+                add(found, quantity, value)
+                if (total := calls.TOTALS.get(quantity)) and math.isfinite(value):
+                    self._moved[total] = self._moved.get(total, 0.0) + value * (self._sampled_at[instance] - then)
+                    add(found, total, self._moved[total])
