@@ -32,9 +32,8 @@ from tests.bench.machine import Process
 from tests.engine.conftest import KEY, MODEL, START_SECONDS, RealEngine
 
 STREAMS = int(os.environ.get("BENCH_STREAMS", "16"))  # at once
-TOKENS = int(
-    os.environ.get("BENCH_TOKENS", "48")
-)  # each on average: half to one and a half times as many, 16 calls in a row alike
+# On average: half to one and a half times as many, 16 calls in a row alike, so that each way gets the same.
+TOKENS = int(os.environ.get("BENCH_TOKENS", "48"))
 TEMPERATURE = float(os.environ.get("BENCH_TEMPERATURE", "0"))  # above 0 for weights that are dummies
 CALLS = 3 * STREAMS  # a round
 CLIENTS = int(os.environ.get("BENCH_CLIENTS", "1"))  # processes: one reads some thousand events a second

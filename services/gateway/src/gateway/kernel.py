@@ -1,6 +1,6 @@
 """What the kernel is asked for, so that one core does more; a kernel that refuses costs nothing but speed.
 
-Measured in docs/decisions/0208-what-the-kernel-is-asked-for.md.
+Measured in docs/decisions/0208-what-the-kernel-is-asked-for.md and 0209-room-for-all-open-files.md.
 """
 
 from __future__ import annotations
