@@ -9,6 +9,8 @@ import msgspec
 
 from gateway.exchange import date_line, status_line
 
+MOST_CONNECTIONS = 16_384
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -21,7 +23,7 @@ class Bounds:
     write_stall_seconds: float = 120.0
     linger_seconds: float = 5.0
     body_bytes: int = 22_020_096
-    connections: int = 16_384
+    connections: int = MOST_CONNECTIONS
     sweep_seconds: float = 1.0
 
 

@@ -21,7 +21,7 @@ from hypercorn.config import Config
 from loguru import logger
 
 from gateway import kernel
-from gateway.bounds import Bounds
+from gateway.bounds import MOST_CONNECTIONS, Bounds
 from gateway.exchange import Application
 from gateway.protocol import Connection, Connections
 from gateway.settings import Settings
@@ -32,7 +32,7 @@ BODY_SLACK_BYTES = 1_048_576
 # With the default of 5 ms a commit takes tens of milliseconds; measured with 16 connections: half the latency.
 SWITCH_SECONDS = 0.0005
 OTHER_FILES = 64  # what is open beside clients and engines
-MOST_FILES = 2 * 16_384 + OTHER_FILES
+MOST_FILES = 2 * MOST_CONNECTIONS + OTHER_FILES
 CANCEL_SECONDS = 5.0  # what a cancelled call gets to settle before the process goes on stopping
 _StockServer = TCPServer
 

@@ -16,7 +16,7 @@ import pynvml
 from gpu_exporter import calls
 from gpu_exporter.asking import DRIVER_GONE, UNSUPPORTED, Asking, Device, DriverFailed, Unreadable, name_of
 from gpu_exporter.containers import container_of
-from gpu_exporter.performance import Monitor
+from gpu_exporter.performance import MonitoredDevice
 from gpu_exporter.readings import Driver, Gpu, Identity, MigInstance, Reading, Sample, add
 
 NOT_AVAILABLE = 2**64 - 1
@@ -28,8 +28,7 @@ class Nvml:
     def __init__(self, note: Callable[[str], None], *, processes: bool, pcie_throughput: bool) -> None:
         self._ask = Asking(note)
         self._processes, self._pcie_throughput = processes, pcie_throughput
-        self._devices: dict[str, Device] = {}
-        self._monitors: dict[str, Monitor] = {}
+        self._devices: dict[str, MonitoredDevice] = {}
         self._uuids: dict[int, str] = {}
         self._events: Any = None
         self.driver = Driver()
@@ -120,7 +119,7 @@ class Nvml:
 
     # --- one GPU -----------------------------------------------------------------------------------------------
 
-    def _device(self, index: int) -> Device:
+    def _device(self, index: int) -> MonitoredDevice:
         try:
             handle = self._ask.call("nvmlDeviceGetHandleByIndex", index)
             uuid = self._ask.call("nvmlDeviceGetUUID", handle)
@@ -131,9 +130,7 @@ class Nvml:
         if known and known.identity.index == index:
             return known
         self._devices = {other: old for other, old in self._devices.items() if old.identity.index != index}
-        self._monitors = {other: old for other, old in self._monitors.items() if other in self._devices}
-        device = self._devices[uuid] = Device(handle, Identity(index, uuid))
-        self._monitors[uuid] = Monitor(self._ask, device)
+        device = self._devices[uuid] = MonitoredDevice(handle, Identity(index, uuid))
         capability = self._ask.optional(device, "nvmlDeviceGetCudaComputeCapability")
         pci = self._ask.optional(device, "nvmlDeviceGetPciInfo_v3")
         device.identity = Identity(
@@ -155,7 +152,7 @@ class Nvml:
                 return device.identity
         return Identity(index, "")
 
-    def _read(self, device: Device) -> Gpu:
+    def _read(self, device: MonitoredDevice) -> Gpu:
         found: dict[str, list[Reading]] = {}
         mig_mode = self._ask.optional(device, "nvmlDeviceGetMigMode")
         enabled = bool(mig_mode and mig_mode[0])
@@ -184,7 +181,7 @@ class Nvml:
             speed = self._ask.optional(device, "nvmlDeviceGetFanSpeed_v2", fan)
             if speed is not None:
                 add(found, "fan_speed", speed * calls.PERCENT, str(fan))
-        self._monitors[device.identity.uuid].read(found, calls.PERFORMANCE, None)
+        device.activity(self._ask, found, calls.PERFORMANCE, None)
         if self._pcie_throughput:
             for counter, direction in enumerate(("transmit", "receive")):
                 kib = self._ask.optional(device, "nvmlDeviceGetPcieThroughput", counter)
@@ -245,7 +242,7 @@ class Nvml:
         for container, used in sorted(memory.items()):
             add(found, "process_memory", used, container)
 
-    def _mig(self, device: Device) -> tuple[MigInstance, ...]:
+    def _mig(self, device: MonitoredDevice) -> tuple[MigInstance, ...]:
         instances = []
         for index in range(self._ask.optional(device, "nvmlDeviceGetMaxMigDeviceCount") or 0):
             try:
@@ -260,7 +257,7 @@ class Nvml:
                 continue
             found: dict[str, list[Reading]] = {}
             self._memory(device, handle, found)
-            self._monitors[device.identity.uuid].read(found, calls.MIG_PERFORMANCE, gpu_instance)
+            device.activity(self._ask, found, calls.MIG_PERFORMANCE, gpu_instance)
             profile = name.rpartition(" MIG ")[2]
             instances.append(MigInstance(uuid, str(gpu_instance), str(compute_instance), profile, found))
         return tuple(instances)

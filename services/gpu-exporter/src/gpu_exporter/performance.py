@@ -10,28 +10,31 @@ import pynvml
 
 from gpu_exporter import calls
 from gpu_exporter.asking import Asking, Device
-from gpu_exporter.readings import Reading, add
+from gpu_exporter.readings import Identity, Reading, add
 
 
-class Monitor:
-    """One GPU's activity. Keys are GPU instances, None the whole GPU."""
+class MonitoredDevice(Device):
+    """A GPU with what it did. Keys are GPU instances, None the whole GPU."""
 
-    def __init__(self, ask: Asking, device: Device) -> None:
-        self._ask, self._device = ask, device
+    def __init__(self, handle: Any, identity: Identity) -> None:
+        super().__init__(handle, identity)
         self._samples: dict[int | None, list[Any]] = {}  # two buffers; the first holds the last sample
         self._sampled_at: dict[int | None, float] = {}  # monotonic seconds of that last sample
         self._moved: dict[str, float] = {}  # bytes, by quantity of `calls.TOTALS`
 
-    def read(
-        self, found: dict[str, list[Reading]], metrics: tuple[tuple[str, str, float], ...], instance: int | None
+    def activity(
+        self,
+        ask: Asking,
+        found: dict[str, list[Reading]],
+        metrics: tuple[tuple[str, str, float], ...],
+        instance: int | None,
     ) -> None:
         """Add activity between this sample and the one before: the first sample of a probe has none."""
-        ask, device = self._ask, self._device
-        if "performance" in device.unsupported:
+        if "performance" in self.unsupported:
             return
-        support = ask.optional(device, "nvmlGpmQueryDeviceSupport")
+        support = ask.optional(self, "nvmlGpmQueryDeviceSupport")
         if support is None or not support.isSupportedDevice:
-            device.unsupported.add("performance")
+            self.unsupported.add("performance")
             return
         try:
             first = instance not in self._samples
@@ -39,9 +42,9 @@ class Monitor:
                 self._samples[instance] = [ask.call("nvmlGpmSampleAlloc") for _ in range(2)]
             older, newer = self._samples[instance]
             if instance is None:
-                ask.call("nvmlGpmSampleGet", device.handle, newer)
+                ask.call("nvmlGpmSampleGet", self.handle, newer)
             else:
-                ask.call("nvmlGpmMigSampleGet", device.handle, instance, newer)
+                ask.call("nvmlGpmMigSampleGet", self.handle, instance, newer)
             self._samples[instance] = [newer, older]
             then = self._sampled_at.get(instance, 0.0)
             self._sampled_at[instance] = time.monotonic()
@@ -53,7 +56,7 @@ class Monitor:
                 request.metrics[slot].metricId = getattr(pynvml, f"NVML_GPM_METRIC_{name}")
             ask.call("nvmlGpmMetricsGet", request)
         except pynvml.NVMLError as error:
-            ask.classify(device.unsupported, "performance", ask.last_call, error)
+            ask.classify(self.unsupported, "performance", ask.last_call, error)
             return
         for slot, (_, quantity, factor) in enumerate(metrics):
             if request.metrics[slot].nvmlReturn == 0:
