@@ -117,25 +117,25 @@ def up_compose(choice: Choice, docker: machine.Docker, environment: dict[str, st
     return 0
 
 
-def down(environment: dict[str, str]) -> int:
-    """Stop everything and leave no process, port or network."""
+def down(environment: dict[str, str], verb: str = "down") -> int:
+    """Stop everything and leave no process, port or network. `verb`: how the user called it."""
     where = places(environment)
     stack = _deployed(where, environment)
     code = stack.show("down") if stack else 0
     for name in (running.NAME, "monitoring"):
         forced = running.stop(where, name)
         if forced:
-            print(f"down: had to end by force: {', '.join(forced)}")
+            print(f"{verb}: had to end by force: {', '.join(forced)}")
     if code == 0:
         where.deployed.unlink(missing_ok=True)
-        print("down: everything is stopped")
+        print(f"{verb}: everything is stopped")
     return code
 
 
 def stop(environment: dict[str, str]) -> int:
     """Containers stay and are only stopped; processes of local mode end."""
     stack = _deployed(places(environment), environment)
-    return stack.show("stop") if stack else down(environment)
+    return stack.show("stop") if stack else down(environment, "stop")
 
 
 def status(environment: dict[str, str]) -> int:

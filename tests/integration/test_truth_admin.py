@@ -179,6 +179,25 @@ def test_usage_of_all_over_http_and_on_the_command_line(gateway):
     assert json.loads(told.stdout)["data"] == by_model
 
 
+def test_a_key_is_shown_alike_over_http_and_on_the_command_line(gateway):
+    gateway.admin("PATCH", "/admin/organisations/shown", {"daily_tokens": 9000})
+    made = create(gateway, daily_tokens=5000, organisation="shown")
+    spent = gateway.chat(key=made["secret"], max_tokens=7).json["usage"]["total_tokens"]
+    over_http = gateway.admin("GET", f"/admin/keys/{made['id']}").json
+    told = gateway.cli("keys", "show", made["id"], "--json")
+    assert told.returncode == 0, told.stderr
+    shown = json.loads(told.stdout)
+    for usage in (over_http["usage"], over_http["usage"]["organisation"]):
+        assert usage["held_tokens"] == 0
+        usage["held_tokens"] = None  # only the gateway knows what is held
+    assert shown == over_http
+    assert shown["usage"]["used_tokens"] == spent
+    assert shown["usage"]["remaining_tokens"] == 5000 - spent
+    assert shown["usage"]["organisation"]["remaining_tokens"] == 9000 - spent
+    lines = gateway.cli("keys", "show", made["id"]).stdout.splitlines()
+    assert ["usage", "used_tokens", str(spent)] in [line.split() for line in lines]
+
+
 def test_an_organisations_quota_over_http(gateway):
     changed = gateway.admin("PATCH", "/admin/organisations/club", {"daily_tokens": 2000})
     assert (changed.status, changed.json["daily_tokens"]) == (200, 2000)

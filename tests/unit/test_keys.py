@@ -124,7 +124,9 @@ class TestCommandLine:
         listed = gateway("list")
         assert [key["id"] for key in listed["data"]] == [key_id]
         assert "secret" not in listed["data"][0]
-        assert gateway("show", key_id) == listed["data"][0]
+        shown = gateway("show", key_id)
+        assert shown.pop("usage")["used_tokens"] == 0
+        assert shown == listed["data"][0]
         assert gateway("delete", key_id) == {"id": key_id, "deleted": True}
         assert gateway("show", key_id, status=1)["error"]["code"] == "key_not_found"
         assert cli_keys.run(["list"], gateway.settings) == 0

@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from gateway.account import Days
 from gateway.errors import GatewayError
-from gateway.keys import LIMIT_NAMES, KeyFields, OrganisationFields, RotateFields
+from gateway.keys import LIMIT_NAMES, Key, KeyFields, OrganisationFields, RotateFields
 from gateway.settings import Settings
 from gateway.store import Database, StoreNewer, StoreUnavailable, accounts, migrate, reports
 
@@ -21,6 +22,7 @@ Answer = dict[str, Any]
 def run(argv: Sequence[str], settings: Settings) -> int:
     """Run one command; returns the exit status: 0, 1 (refused), 2 (cannot be done; wrong use exits by itself)."""
     arguments = _parser().parse_args(argv)
+    arguments.settings = settings
     database = Database(settings.database_url, busy_seconds=10.0)
     work: Callable[[Database, argparse.Namespace], Answer] = arguments.work
     try:
@@ -63,7 +65,37 @@ def _list(database: Database, _: argparse.Namespace) -> Answer:
 
 
 def _show_one(database: Database, arguments: argparse.Namespace) -> Answer:
-    return accounts.key(database, arguments.id).public()
+    key = accounts.key(database, arguments.id)
+    return {**key.public(), "usage": _usage(database, key, arguments.settings)}
+
+
+def _usage(database: Database, key: Key, settings: Settings) -> Answer:
+    """As over HTTP, from the ledger alone: what running calls hold only the gateway knows, so `held_tokens` is null."""
+    days = Days(settings.quota_timezone)
+    day = days.today()
+    tokens, requests = reports.used(database, day, "key_id", key.id)
+    organisation = None
+    if key.organisation is not None:
+        quota = {of["name"]: of["daily_tokens"] for of in accounts.organisations(database)}.get(key.organisation)
+        of_all, _ = reports.used(database, day, "organisation", key.organisation)
+        organisation = {"name": key.organisation, **_quota(of_all, quota or 0)}
+    return {
+        "key_id": key.id,
+        "day": day,
+        **_quota(tokens, key.caller(settings).limits.daily_tokens),
+        "resets_at": int(days.resets_at()),
+        "requests": requests,
+        "organisation": organisation,
+    }
+
+
+def _quota(used: int, limit: int) -> Answer:
+    return {
+        "used_tokens": used,
+        "held_tokens": None,
+        "limit_tokens": limit or None,
+        "remaining_tokens": max(0, limit - used) if limit else None,
+    }
 
 
 def _limit(database: Database, arguments: argparse.Namespace) -> Answer:
@@ -165,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _limits(command("create", _create, "make a key; its secret is shown once"), name_required=True)
     command("list", _list, "all keys")
-    command("show", _show_one, "one key", with_id=True)
+    command("show", _show_one, "one key and what it used today (calls that run are not in it yet)", with_id=True)
     _limits(command("limit", _limit, "change limits and names", with_id=True), name_required=False)
     command("disable", _disable, "refuse a key and end its running calls", with_id=True)
     command("enable", _enable, "accept a disabled key again", with_id=True)
@@ -188,8 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 def _show(answer: Answer) -> None:
     rows = answer.get("data")
     if rows is None:
-        for name, value in answer.items():
-            print(f"{name:22} {_cell(value)}")
+        _show_fields(answer)
         if "secret" in answer:
             print("The secret is shown only now.", file=sys.stderr)
         return
@@ -197,6 +228,14 @@ def _show(answer: Answer) -> None:
         print("(none)")
         return
     table([[_cell(value) for value in row.values()] for row in rows], list(rows[0]))
+
+
+def _show_fields(answer: Answer, above: str = "") -> None:
+    for name, value in answer.items():
+        if isinstance(value, dict):
+            _show_fields(value, f"{above}{name} ")
+        else:
+            print(f"{above + name:34} {_cell(value)}")
 
 
 def _cell(value: Any) -> str:

@@ -83,6 +83,17 @@ def day_totals(database: Database, day: str) -> list[tuple[str, str, int, int]]:
     ]
 
 
+def used(database: Database, day: str, column: str, name: str) -> tuple[int, int]:
+    """`(tokens, requests)` recorded on one day for `name` of `column` (key_id or organisation)."""
+    rows = database.rows(
+        "SELECT SUM(prompt_tokens + completion_tokens), SUM(requests) FROM daily_totals "
+        f"WHERE day = ? AND {column} = ?",
+        (day, name),
+    )
+    tokens, requests = rows[0]
+    return int(tokens or 0), int(requests or 0)
+
+
 def last_days(database: Database, most: int = 3) -> list[str]:
     """The latest days that have totals, ISO dates, the latest first."""
     found = database.rows("SELECT DISTINCT day FROM daily_totals ORDER BY day DESC LIMIT ?", (most,))
