@@ -17,6 +17,7 @@ class Hub:
 
     def __init__(self, name: str, files: dict[str, bytes]) -> None:
         self.name, self.files = name, files
+        self.commit = COMMIT
         self.gated = False
         self.damaged: set[str] = set()  # files that arrive with another content of the same length
         self.stall_after: int | None = None
@@ -59,7 +60,7 @@ class Hub:
         path = call.path.partition("?")[0]
         if path.startswith(f"/api/models/{self.name}"):
             self._tell(call)
-        elif found := re.fullmatch(rf"/{re.escape(self.name)}/resolve/{COMMIT}/(.+)", path):
+        elif found := re.fullmatch(rf"/{re.escape(self.name)}/resolve/{self.commit}/(.+)", path):
             self._send(call, found[1], with_body)
         else:
             self._refuse(call, 404, "RepoNotFound")
@@ -70,12 +71,13 @@ class Hub:
             return
         siblings = []
         for name, content in self.files.items():
-            sibling: dict[str, object] = {"rfilename": name, "size": len(content)}
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            sibling: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": blob}
             if name.endswith(".safetensors"):
                 digest = hashlib.sha256(content).hexdigest()
                 sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
             siblings.append(sibling)
-        body = json.dumps({"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": siblings}).encode()
+        body = json.dumps({"id": self.name, "modelId": self.name, "sha": self.commit, "siblings": siblings}).encode()
         self._head(call, 200, len(body), {"content-type": "application/json"})
         call.wfile.write(body)
 
@@ -86,7 +88,7 @@ class Hub:
             content = bytes(len(content))
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("range", ""))
         begin = int(found[1]) if found else 0
-        headers = {"etag": etag, "x-repo-commit": COMMIT, "accept-ranges": "bytes"}
+        headers = {"etag": etag, "x-repo-commit": self.commit, "accept-ranges": "bytes"}
         if found:
             headers["content-range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
         self._head(call, 206 if found else 200, len(content) - begin, headers)

@@ -101,6 +101,29 @@ def test_damage_on_the_way_is_noticed(environment: dict[str, str], hub: Hub) -> 
     assert engine(environment, "fetch", NAME).returncode == 0
 
 
+def test_another_revision_is_fetched_and_nothing_of_the_first_is_left(environment: dict[str, str], hub: Hub) -> None:
+    first = engine({**environment, "MODEL_REVISION": "v1"}, "fetch", NAME)
+    assert first.returncode == 0, first.stderr
+    # The next one: a configuration of the same length, weights in another file.
+    config = FILES["config.json"].replace(b"256", b"512")
+    del hub.files["model.safetensors"]
+    hub.files |= {"config.json": config, "model-00001-of-00001.safetensors": WEIGHTS[::-1]}
+    hub.commit = "f" * 40
+    assert engine(environment, "fetch", NAME).returncode == 0  # none is asked for: what is here will do
+    downloads = len(hub.ranges)
+    second = {**environment, "MODEL_REVISION": "v2"}
+    done = engine(second, "fetch", NAME)
+    assert done.returncode == 0, done.stderr
+    assert "MODEL_REVISION=v2" in done.stdout
+    folder = Path(environment["MODEL_CACHE_DIR"]) / NAME
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+    assert (folder / "config.json").read_bytes() == config
+    assert len(hub.ranges) == downloads + 1
+    for asked in ("v2", "f" * 40):
+        assert engine({**second, "MODEL_REVISION": asked}, "fetch", NAME).returncode == 0
+    assert len(hub.ranges) == downloads + 1
+
+
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     [line] = done.stderr.strip().splitlines()
     return line

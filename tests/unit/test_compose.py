@@ -230,6 +230,13 @@ def test_no_secret_stands_in_an_environment_where_a_file_would_do() -> None:
             assert variable not in environment
 
 
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.ray-worker.yaml"])
+def test_the_download_is_told_which_model_and_how_to_reach_it(file: str) -> None:
+    environment = load(file)["services"]["model"]["environment"]
+    wanted = {"MODEL_NAME", "MODEL_REVISION", "HF_TOKEN", "HF_ENDPOINT", "HTTPS_PROXY", "NO_PROXY"}
+    assert wanted <= set(environment)
+
+
 def test_every_variable_is_in_the_example_with_its_default() -> None:
     """`.env.example` names each variable of the Compose files, with the default that holds."""
     text = (ROOT / "compose.yaml").read_text()

@@ -18,12 +18,13 @@ class FetchError(Exception):
 
 
 def fetch(settings: Settings, name: str, say: Callable[[str], None]) -> Path:
-    """The folder of the model `name`, fetched unless it is there. Raises `FetchError`.
+    """The folder of the model `name`, fetched unless it is there, of the revision that is asked for. Raises `FetchError`.
 
     Interrupted, it goes on next time where it was. Two at once: the second waits for the first.
     """
     folder = place.model_dir(settings, name)
-    if place.is_present(folder):
+    revision = settings.model_revision
+    if place.is_present(folder) and not _of_another_revision(folder, revision):
         say(f"{name} is here: {folder}")
         return folder
     if folder == Path(name).expanduser():
@@ -32,20 +33,31 @@ def fetch(settings: Settings, name: str, say: Callable[[str], None]) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder, say):
-            if place.is_present(folder):
+            changed = _of_another_revision(folder, revision)
+            if place.is_present(folder) and not changed:
                 return folder
             if name == embedded.NAME:
                 return _make_embedded(settings, folder, say)
             hub.quiet()
-            model = hub.look_up(name, settings.model_revision, token)
+            model = hub.look_up(name, revision, token)
+            if changed:
+                say(f"{name}: here is another revision than MODEL_REVISION={revision}: fetching what differs")
+                (folder / embedded.COMPLETE).unlink()
+                hub.drop_others(model, folder)
             with _growing(folder, sum(file.size for file in model.files), name, say):
                 hub.download(model, folder, token, say)
-            (folder / embedded.COMPLETE).write_text(f"{name} {model.commit}\n")
+            (folder / embedded.COMPLETE).write_text(f"{name} {model.commit} {revision or ''}\n")
     except hub.HubError as error:
         raise FetchError(str(error)) from None
     except OSError as error:
         raise FetchError(f"MODEL_CACHE_DIR: {folder}: {error.strerror}") from None
     return folder
+
+
+def _of_another_revision(folder: Path, revision: str | None) -> bool:
+    """Whether what was fetched is neither the commit nor the branch or tag `revision`; None: whatever is here will do."""
+    marker = folder / embedded.COMPLETE
+    return revision is not None and marker.is_file() and revision not in marker.read_text().split()[1:]
 
 
 def _make_embedded(settings: Settings, folder: Path, say: Callable[[str], None]) -> Path:

@@ -37,11 +37,12 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file on the hub: its path, bytes, and SHA-256 where the hub knows one (it does for all big files)."""
+    """One file on the hub: its path, bytes, SHA-256 (of the big ones) or Git's blob id (SHA-1, of the others)."""
 
     path: str
     size: int
     sha256: str | None
+    blob: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ def look_up(name: str, revision: str | None, token: str | None) -> RemoteModel:
     if not has_safetensors:
         raise HubError(f"{name} has no safetensors weights: choose a model that does")
     files = tuple(
-        RemoteFile(sibling.rfilename, int(sibling.size or 0), sibling.lfs.sha256 if sibling.lfs else None)
+        RemoteFile(
+            sibling.rfilename,
+            int(sibling.size or 0),
+            sibling.lfs.sha256 if sibling.lfs else None,
+            None if sibling.lfs else sibling.blob_id,
+        )
         for sibling in siblings
         if not any(fnmatch(sibling.rfilename, pattern) for pattern in _IGNORED)
     )
@@ -108,6 +114,13 @@ def download(model: RemoteModel, target: Path, token: str | None, say: Callable[
             raise HubError(f"{file.path} of {model.name} arrived damaged and was removed: fetch again")
         done += file.size
     say(f"{model.name}: {len(model.files)} files, {_size(total)}, checked")
+
+
+def drop_others(model: RemoteModel, target: Path) -> None:
+    """Remove what another revision of the model left in `target`: vLLM reads every weight that it finds."""
+    kept = {target / file.path for file in model.files}
+    for path in [path for path in target.rglob("*") if path.is_file() and path not in kept]:
+        path.unlink()
 
 
 def _download_file(model: RemoteModel, file: RemoteFile, target: Path, token: str | None) -> None:
@@ -167,7 +180,7 @@ def _is_whole(path: Path, file: RemoteFile) -> bool:
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.sha256 is None:
-        return True
+        return file.blob is None or _blob_id(path, file.size) == file.blob
     checked = path.with_name(f".{path.name}.sha256")  # hashing 100 GB again at every start would take minutes
     mark = f"{file.sha256} {path.stat().st_mtime_ns}"
     if checked.is_file() and checked.read_text() == mark:
@@ -177,6 +190,11 @@ def _is_whole(path: Path, file: RemoteFile) -> bool:
     if whole:
         checked.write_text(mark)
     return whole
+
+
+def _blob_id(path: Path, size: int) -> str:
+    """What Git calls the file: SHA-1 of a head and the content."""
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _size(count: int) -> str:
