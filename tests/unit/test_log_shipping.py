@@ -1,7 +1,9 @@
 """What promtail.yml makes of log lines, and that Loki, Jaeger and it are set so that nothing is lost or unbounded."""
 
 import json
+import os
 import re
+import subprocess
 import traceback
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from tests.doubles.promtail import CONFIG, Promtail
 
+from gateway.keys import new_key_id
+
 ROOT = Path(__file__).parents[2]
 CALL = {
     "time": "2026-11-23T07:00:00.000000+00:00",
@@ -20,7 +24,7 @@ CALL = {
     "event": "call_closed",
     "request_id": "req-1",
     "trace_id": "0af7651916cd43dd8448eb211c80319c",
-    "key_id": "key_1",
+    "key_id": new_key_id(),
     "model": "m",
 }
 EDGE = (
@@ -227,3 +231,32 @@ class TestFile:
         assert "localhost" not in text
         for listener in re.findall(r"endpoint: (\S+)", text):
             assert listener.startswith("0.0.0.0:")
+
+
+def started(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `promtail/start` with a program in Alloy's place that says how it was called."""
+    program = tmp_path / "alloy"
+    program.write_text('#!/bin/sh\necho "alloy $*"\n')
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROMTAIL_CONFIG": str(tmp_path / "written.yml")}
+    return subprocess.run(
+        [str(CONFIG.parent / "start"), "run", "--it"], env={**environment, **variables}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("project", ["appliance", "llm2"])
+def test_containers_of_this_project_are_read_whatever_its_name(tmp_path: Path, project: str) -> None:
+    done = started(tmp_path, COMPOSE_PROJECT_NAME=project)
+    assert (done.returncode, done.stdout) == (0, "alloy run --it\n")
+    written = yaml.safe_load((tmp_path / "written.yml").read_text())
+    [discovery] = written["scrape_configs"][0].pop("docker_sd_configs")
+    assert discovery["filters"] == [{"name": "label", "values": [f"com.docker.compose.project={project}"]}]
+    ours = yaml.safe_load(CONFIG.read_text())
+    del ours["scrape_configs"][0]["docker_sd_configs"]
+    assert written == ours
+
+
+def test_what_is_no_projects_name_is_refused(tmp_path: Path) -> None:
+    done = started(tmp_path, COMPOSE_PROJECT_NAME="a/b")
+    assert done.returncode == 2
+    assert "COMPOSE_PROJECT_NAME" in done.stderr
