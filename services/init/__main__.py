@@ -75,10 +75,11 @@ def refresh(settings: EdgeSettings) -> None:
     volumes.own(served, NGINX_UID, NGINX_UID, 0o755)
     if installed.changed:
         say("certificate_installed", origin=installed.origin, ends=installed.ends.isoformat())
-    render_edge(settings, installed.ends.timestamp())
+    ends = certificate.acme_ends(VOLUMES / "edge-acme") if settings.acme_email else installed.ends
+    render_edge(settings, ends.timestamp() if ends is not None else None)
 
 
-def render_edge(settings: EdgeSettings, certificate_ends: float) -> None:
+def render_edge(settings: EdgeSettings, certificate_ends: float | None) -> None:
     """nginx's configuration, one rendering for each range of versions; nginx/start.sh takes the right one."""
     edge = nginx_conf.Edge(
         https_port=settings.https_port,
@@ -87,7 +88,8 @@ def render_edge(settings: EdgeSettings, certificate_ends: float) -> None:
         connections=settings.connections,
         hsts=settings.hsts,
         grafana="grafana:3000" if settings.grafana else None,
-        certificate_ends=None if settings.acme_email else certificate_ends,
+        grafana_metrics=f"grafana:3000{'/grafana' if settings.grafana else ''}/metrics",
+        certificate_ends=certificate_ends,
         acme_email=settings.acme_email,
         acme_hosts=settings.hosts,
     )

@@ -124,6 +124,15 @@ def self_signed(hosts: tuple[str, ...], now: dt.datetime) -> tuple[bytes, bytes]
     return certificate.public_bytes(serialization.Encoding.PEM), key
 
 
+def acme_ends(state: Path) -> dt.datetime | None:
+    """When the certificate of nginx's ACME module ends: the newest `.crt` in `state`, its folder. None: there is none yet."""
+    kept = sorted(state.glob("*.crt"), key=lambda path: path.stat().st_mtime)
+    try:
+        return _leaf(kept[-1].read_bytes()).not_valid_after_utc if kept else None
+    except (OSError, ValueError):  # being written: the next look finds it whole
+        return None
+
+
 def fingerprint(folder: Path) -> str:
     """A digest of the two files in `folder` as they are now, to see a change; empty when one is missing."""
     digest = hashlib.sha256()

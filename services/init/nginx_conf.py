@@ -68,6 +68,7 @@ class Edge:
     upstream_keepalive_seconds: int = 60  # below the gateway's 75
     hsts: bool = False
     grafana: str | None = None  # host:port to show under /grafana/, None: not at the edge
+    grafana_metrics: str | None = None  # host:port/path where Grafana's metrics are, for Prometheus
     certificate_ends: float | None = None  # Unix seconds, for the metric; None: not known here
     acme_email: str | None = None
     acme_hosts: tuple[str, ...] = ()
@@ -125,6 +126,7 @@ def render(edge: Edge, version: Version, openssl: Version | None = None) -> str:
         ),
         "error_pages": _error_pages(edge),
         "grafana": _grafana(edge),
+        "grafana_metrics": _grafana_metrics(edge),
         "read_seconds": str(READ_SECONDS),
     }
     text = re.sub(r"@\{([a-z0-9_]+)\}", lambda name: values[name[1]], TEMPLATE.read_text())
@@ -236,16 +238,8 @@ def _metrics(edge: Edge) -> str:
 def _grafana(edge: Edge) -> str:
     if edge.grafana is None:
         return ""
-    # A variable makes nginx look the name up at each call, so that the edge starts without Grafana.
-    lines = ["location /grafana/ {"]
-    if edge.resolver is not None:
-        lines += [
-            f"    resolver {edge.resolver} valid=5s ipv6=off;",
-            f"    set $edge_grafana {edge.grafana};",
-        ]
-        lines += ["    proxy_pass http://$edge_grafana;"]
-    else:
-        lines += [f"    proxy_pass http://{edge.grafana};"]
+    lines = ["location = /grafana/metrics {", "    return 404;", "}"]  # Grafana shows them to everybody
+    lines += ["location /grafana/ {", *_pass_to(edge, edge.grafana)]
     # Its own set of headers replaces the server's, so the client's address has to be said again.
     headers = {
         "Host": "$host",
@@ -255,6 +249,24 @@ def _grafana(edge: Edge) -> str:
     }
     lines += [f"    proxy_set_header {name} {value};" for name, value in headers.items()] + ["}"]
     return _indented(lines, 8)
+
+
+def _grafana_metrics(edge: Edge) -> str:
+    """Grafana under a path redirects whoever asks for `/metrics` to its public address; Prometheus asks here."""
+    if edge.grafana_metrics is None:
+        return ""
+    return _indented(["location = /grafana-metrics {", *_pass_to(edge, edge.grafana_metrics), "}"], 8)
+
+
+def _pass_to(edge: Edge, address: str) -> list[str]:
+    # A variable makes nginx look the name up at each call, so that the edge starts without Grafana.
+    if edge.resolver is None:
+        return [f"    proxy_pass http://{address};"]
+    return [
+        f"    resolver {edge.resolver} valid=5s ipv6=off;",
+        f"    set $edge_grafana {address};",
+        "    proxy_pass http://$edge_grafana;",
+    ]
 
 
 def _indented(lines: list[str], columns: int) -> str:

@@ -250,9 +250,14 @@ def test_it_runs_as_a_plain_user(tmp_path: Path) -> None:
 def test_grafana_at_the_edge_is_a_switch(tmp_path: Path) -> None:
     with (
         edge_running.upstream() as grafana,
-        edge_running.edge(tmp_path, grafana=f"127.0.0.1:{grafana.port}") as edge,
+        edge_running.edge(
+            tmp_path, grafana=f"127.0.0.1:{grafana.port}", grafana_metrics=f"127.0.0.1:{grafana.port}/grafana/metrics"
+        ) as edge,
         edge.client() as client,
     ):
+        # Its metrics, which it shows to everybody, are for Prometheus alone.
+        assert client.get("/grafana/metrics").status_code == 404
+        assert httpx.get(f"http://127.0.0.1:{edge.status}/grafana-metrics").json()["path"] == "/grafana/metrics"
         arrived = client.get("/grafana/d/overview?x=1", headers={"x-forwarded-for": "8.8.8.8"}).json()
         assert arrived["path"] == "/grafana/d/overview?x=1"
         assert arrived["headers"]["X-Forwarded-For"] == "127.0.0.1"

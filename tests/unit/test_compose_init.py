@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -212,3 +213,27 @@ def test_prepare_makes_everything_and_a_second_run_changes_nothing(
         assert ((tmp_path / name).stat().st_uid, (tmp_path / name).stat().st_gid) == (uid, gid)
     init.prepare(settings.read({}))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == first
+
+
+def test_lets_encrypts_end_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "VOLUMES", tmp_path)
+    monkeypatch.setattr(init, "OWN", tmp_path / "own")
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    monkeypatch.setattr(init.volumes, "own", lambda *_: None)
+    chosen = settings.read({"APPLIANCE_HOSTS": "llm.example.com", "LETSENCRYPT_EMAIL": "it@example.com"})
+    state = tmp_path / "edge-acme"
+    state.mkdir()
+
+    def told() -> set[str]:
+        init.refresh(chosen)
+        name = r"edge_certificate_not_after_timestamp_seconds (\d+)"
+        return {end for path in (tmp_path / "edge-config").iterdir() for end in re.findall(name, path.read_text())}
+
+    assert told() == set()  # there is none yet
+    for made, file in ((NOW, "llm.example.com-1.crt"), (NOW + 60 * DAY, "llm.example.com-2.crt")):
+        chain, _ = certificate.self_signed(("llm.example.com",), made)
+        (state / file).write_bytes(chain)
+        os.utime(state / file, (made.timestamp(), made.timestamp()))
+        assert told() == {f"{(made + certificate.LIFETIME).timestamp():.0f}"}
+    (state / "llm.example.com-2.crt").write_bytes(b"-----BEGIN CERTIFICATE")
+    assert told() == set()

@@ -18,7 +18,7 @@ class FetchError(Exception):
 
 
 def fetch(settings: Settings, name: str, say: Callable[[str], None]) -> Path:
-    """The folder of the model `name`, fetched unless it is there, of the revision that is asked for. Raises `FetchError`.
+    """The folder of the model `name`, fetched unless that revision of it is there. Raises `FetchError`.
 
     Interrupted, it goes on next time where it was. Two at once: the second waits for the first.
     """
@@ -55,7 +55,7 @@ def fetch(settings: Settings, name: str, say: Callable[[str], None]) -> Path:
 
 
 def _of_another_revision(folder: Path, revision: str | None) -> bool:
-    """Whether what was fetched is neither the commit nor the branch or tag `revision`; None: whatever is here will do."""
+    """Whether what was fetched is not `revision` (commit, branch or tag); None: whatever is here will do."""
     marker = folder / embedded.COMPLETE
     return revision is not None and marker.is_file() and revision not in marker.read_text().split()[1:]
 
