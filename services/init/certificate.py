@@ -125,7 +125,7 @@ def self_signed(hosts: tuple[str, ...], now: dt.datetime) -> tuple[bytes, bytes]
 
 
 def acme_ends(state: Path) -> dt.datetime | None:
-    """When the certificate of nginx's ACME module ends: the newest `.crt` in `state`, its folder. None: there is none yet."""
+    """When the newest certificate of nginx's ACME module (`.crt` in its folder `state`) ends; None: there is none."""
     kept = sorted(state.glob("*.crt"), key=lambda path: path.stat().st_mtime)
     try:
         return _leaf(kept[-1].read_bytes()).not_valid_after_utc if kept else None
