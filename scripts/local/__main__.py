@@ -80,7 +80,7 @@ def up_local(local: LocalSettings) -> int:
         more["Metrics"] = f"http://127.0.0.1:{local.ports.prometheus}"
     say(f"ready after {seconds:.0f} s")
     served = local.environment.get("SERVED_MODEL_NAME", "").split(",")[0].strip() or local.model
-    print(welcome.text(local.ports.https, local.places.trusted, served, key, more))
+    print(welcome.text(welcome.address(local.ports.https, local.places.trusted), served, key, more))
     return 0
 
 
@@ -113,7 +113,10 @@ def up_compose(choice: Choice, docker: machine.Docker, environment: dict[str, st
     }
     say(f"ready after {seconds:.0f} s")
     model = _served_model(stack)
-    print(welcome.text(int(port["HTTPS"] or 443), where.trusted, model, key, more))
+    hosts = [host.strip() for host in environment.get("APPLIANCE_HOSTS", "").split(",") if host.strip()]
+    public = hosts[0] if hosts and environment.get("LETSENCRYPT_EMAIL", "").strip() else None
+    reached = welcome.address(int(port["HTTPS"] or 443), where.trusted, public)
+    print(welcome.text(reached, model, key, more))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -35,29 +36,44 @@ def first_key(keys: Keys) -> str | None:
     return secret
 
 
-def curl(https_port: int, certificate: Path, model: str, key: str | None) -> str:
+@dataclass(frozen=True)
+class Address:
+    """Where the API is reached: its URL, what curl needs to trust and find it, a word on the certificate."""
+
+    url: str
+    curl: str
+    certificate: str
+
+
+def address(https_port: int, certificate: Path, public: str | None = None) -> Address:
+    """By this machine's own `certificate`, or by the host name `public`, which a public authority vouches for."""
+    port = "" if https_port == 443 else f":{https_port}"
+    if public is not None:
+        resolve = f"--resolve {public}:{https_port}:127.0.0.1 "  # as it stands, from this machine
+        return Address(f"https://{public}{port}", resolve, "Let's Encrypt, as soon as it is there")
+    host, resolve = _name(certificate, https_port)
+    return Address(f"https://{host}{port}", f"--cacert {certificate} {resolve}", str(certificate))
+
+
+def curl(where: Address, model: str, key: str | None) -> str:
     """A chat request for a shell; with the key where it is new, else with a place for it."""
     body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
-    host, resolve = _name(certificate, https_port)
-    port = "" if https_port == 443 else f":{https_port}"
     return (
-        f"curl --cacert {certificate} {resolve}https://{host}{port}/v1/chat/completions \\\n"
+        f"curl {where.curl}{where.url}/v1/chat/completions \\\n"
         f"  -H 'Authorization: Bearer {key or '$KEY'}' -H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(body)}'"
     )
 
 
-def text(https_port: int, certificate: Path, model: str, key: str | None, more: dict[str, str]) -> str:
+def text(where: Address, model: str, key: str | None, more: dict[str, str]) -> str:
     """The whole farewell of `make up`."""
-    host, _ = _name(certificate, https_port)
-    port = "" if https_port == 443 else f":{https_port}"
-    lines = ["", f"  API      https://{host}{port}/v1    (certificate: {certificate})"]
+    lines = ["", f"  API      {where.url}/v1    (certificate: {where.certificate})"]
     lines += [f"  {name:<8} {url}" for name, url in more.items()]
     if key is not None:
         lines += ["", f"  First API key, shown this once:  {key}"]
     else:
         lines += ["", "  Keys exist already; another one:  scripts/keys create --name NAME"]
-    request = curl(https_port, certificate, model, key)
+    request = curl(where, model, key)
     return "\n".join([*lines, "", "  Try:", *(f"  {line}" for line in request.splitlines()), ""])
 
 

@@ -77,6 +77,16 @@ def test_up_builds_then_prepares_then_starts(environment: dict[str, str]) -> Non
     assert verb(environment, "status").returncode == 1
 
 
+def test_a_certificate_that_the_world_trusts_needs_no_file(environment: dict[str, str]) -> None:
+    public = {"LETSENCRYPT_EMAIL": "it@example.com", "APPLIANCE_HOSTS": "llm.example.com,other.example.com"}
+    done = verb({**environment, **public}, "up")
+    assert done.returncode == 0, done.stdout + done.stderr
+    port = environment["HTTPS_PORT"]
+    request = f"curl --resolve llm.example.com:{port}:127.0.0.1 https://llm.example.com:{port}/v1/chat/completions"
+    assert request in done.stdout
+    assert "--cacert" not in done.stdout
+
+
 @pytest.mark.parametrize("step", ["compose build", "run --rm init", "run --rm model", "compose up", "compose cp"])
 def test_a_step_that_fails_leaves_nothing_half_started(environment: dict[str, str], step: str) -> None:
     Path(environment["DOCKER_DOUBLE"], "fail").write_text(step)
