@@ -79,7 +79,7 @@ class Metrics:
             "gateway_log_lines_dropped", "Log lines dropped: the reader is slow.", registry=registry
         )
         self.spans_dropped = RareCounter(
-            "gateway_spans_dropped", "Spans dropped: the collector is slow.", registry=registry
+            "gateway_spans_dropped", "Spans that did not reach the collector.", registry=registry
         )
         self.disk_free = Gauge("gateway_disk_free_bytes", "Free bytes where the ledger lives.", registry=registry)
         self.disk_size = Gauge("gateway_disk_size_bytes", "Size of the disk where the ledger lives.", registry=registry)

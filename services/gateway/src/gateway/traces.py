@@ -11,6 +11,7 @@ import random
 import re
 from typing import TYPE_CHECKING, Any
 
+from loguru import logger
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
@@ -104,7 +105,7 @@ class _Ended:
         trace_id, span_id = int(trace.trace_id, 16), int(trace.span_id, 16)
         parent_id = None if trace.parent_id is None else int(trace.parent_id, 16)
         start = at = int(started_at * 1e9)
-        name = f"{OPERATIONS.get(endpoint, endpoint)} {self._model}".rstrip().encode()
+        name = f"{OPERATIONS.get(endpoint, endpoint)} {self._model}".rstrip().encode(errors="replace")
         told = otlp.attributes(9, values) + otlp.status(self._failed)
         end = start + int(self._duration * 1e9)
         remote = parent_id is not None
@@ -124,8 +125,8 @@ class _Ended:
 
 
 class _Exporter(OTLPSpanExporter):
-    """Sends what `_Ended` makes, and counts the spans that the collector did not take. The connection, its headers and
-    second tries are the SDK's."""
+    """Sends what `_Ended` makes, and counts the spans that the collector did not take or that cannot be made. The
+    connection, its headers and second tries are the SDK's."""
 
     def __init__(self, endpoint: str, resource: Resource) -> None:
         super().__init__(endpoint=f"{endpoint}/v1/traces", timeout=5)
@@ -136,9 +137,17 @@ class _Exporter(OTLPSpanExporter):
     def export(self, spans: Sequence[Any]) -> SpanExportResult:
         """Send a batch of ended calls; called in the processor's thread."""
         kernel.stand_back()
-        if self._send(otlp.request(self._resource, b"".join([ended.spans() for ended in spans]))).success:
+        made, count = [], 0
+        for ended in spans:
+            try:
+                made.append(ended.spans())
+                count += ended.count
+            except Exception as error:  # whatever it is, it is one call's; the others' spans are sent
+                self.dropped += ended.count
+                logger.opt(exception=error).error("spans_not_made")
+        if self._send(otlp.request(self._resource, b"".join(made))).success:
             return SpanExportResult.SUCCESS
-        self.dropped += sum(ended.count for ended in spans)
+        self.dropped += count
         return SpanExportResult.FAILURE
 
 
@@ -155,7 +164,7 @@ class Tracer:
 
     @property
     def dropped(self) -> int:
-        """Spans that the collector did not take."""
+        """Spans that did not reach the collector."""
         return self._exporter.dropped
 
     def end(self, call: Call, duration: float, model: str) -> None:
