@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _NO_TRACE = "0" * 32
+QUEUE = 2048  # kept calls that may wait for the collector
 
 OPERATIONS = {
     "chat_completions": "chat",
@@ -132,11 +133,13 @@ class _Exporter(OTLPSpanExporter):
         super().__init__(endpoint=f"{endpoint}/v1/traces", timeout=5)
         self._send = self._client.export  # not promised by the SDK, whose version is locked
         self._resource = otlp.attributes(1, {name: str(value) for name, value in resource.attributes.items()})
+        self.taken = 0  # calls out of the queue
         self.dropped = 0
 
     def export(self, spans: Sequence[Any]) -> SpanExportResult:
         """Send a batch of ended calls; called in the processor's thread."""
         kernel.stand_back()
+        self.taken += len(spans)
         made, count = [], 0
         for ended in spans:
             try:
@@ -156,22 +159,29 @@ class Tracer:
 
     def __init__(self, endpoint: str, slow_seconds: float, version: str) -> None:
         self._slow_seconds = slow_seconds
+        self._queued = 0  # calls, ever
+        self._discarded = 0  # spans of calls that found the queue full; the SDK's own queue would not tell of them
         resource = Resource.create({"service.name": "gateway", "service.version": version})
         self._exporter = _Exporter(endpoint, resource)
         self._processor = BatchSpanProcessor(
-            self._exporter, max_queue_size=2048, max_export_batch_size=128, export_timeout_millis=5000
+            self._exporter, max_queue_size=QUEUE, max_export_batch_size=128, export_timeout_millis=5000
         )
 
     @property
     def dropped(self) -> int:
         """Spans that did not reach the collector."""
-        return self._exporter.dropped
+        return self._discarded + self._exporter.dropped
 
     def end(self, call: Call, duration: float, model: str) -> None:
         """Make and queue the spans of a finished call, if it is kept."""
         failed = call.outcome is Outcome.FAILED or call.outcome is Outcome.INTERRUPTED
-        if call.trace.sampled or failed or duration >= self._slow_seconds:
-            self._processor.on_end(_Ended(call, duration, model, failed))  # type: ignore[arg-type]  # for _Exporter alone
+        if not (call.trace.sampled or failed or duration >= self._slow_seconds):
+            return
+        if self._queued - self._exporter.taken >= QUEUE:
+            self._discarded += 1 + len(call.stage_seconds)
+            return
+        self._queued += 1
+        self._processor.on_end(_Ended(call, duration, model, failed))  # type: ignore[arg-type]  # for _Exporter alone
 
     def close(self) -> None:
         """Send what is left; bounded by the exporter's timeout."""
