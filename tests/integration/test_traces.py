@@ -1,5 +1,6 @@
 """What a caller sends spoils nobody's trace, and an exemplar leads to a trace that exists."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from tests.doubles.gateway import GatewayProcess
 from tests.doubles.monitoring import Collector
 from tests.doubles.vllm import VllmDouble
+from tests.doubles.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +35,25 @@ def test_a_huge_number_in_a_request_spoils_nobodys_trace(engine: VllmDouble) -> 
                 assert answer.status == (200 if number == 8 else 400)
             assert gateway.terminate() == 0  # sends what is left
         assert arrived(collector) == wanted.keys()
+
+
+def exemplars(gateway: GatewayProcess) -> set[str]:
+    """The traces that the gateway's histograms lead to."""
+    page = gateway.get("/metrics", accept="application/openmetrics-text").body.decode()
+    return set(re.findall(r'# \{trace_id="([0-9a-f]{32})"\}', page))
+
+
+def test_at_the_default_ratio_every_exemplar_leads_to_a_trace(engine: VllmDouble) -> None:
+    with Collector() as collector:
+        with GatewayProcess(VLLM_URL=engine.url, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url) as gateway:
+            led: set[str] = set()
+            for number in range(100):  # that none of them is kept happens once in 40,000 runs
+                assert gateway.chat(stream=bool(number % 2)).status == 200
+                led |= exemplars(gateway)
+            failed = gateway.chat("double:status=500")
+            assert failed.status == 502
+            wait_until("the failed call leads to its trace", lambda: exemplars(gateway) - led)
+            led |= exemplars(gateway)
+            assert gateway.terminate() == 0  # sends what is left
+        assert len(led) > 1
+        assert led <= arrived(collector)

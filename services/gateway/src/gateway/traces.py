@@ -172,16 +172,17 @@ class Tracer:
         """Spans that did not reach the collector."""
         return self._discarded + self._exporter.dropped
 
-    def end(self, call: Call, duration: float, model: str) -> None:
-        """Make and queue the spans of a finished call, if it is kept."""
+    def end(self, call: Call, duration: float, model: str) -> bool:
+        """Queue a finished call, if it is kept; whether it was, so that there is a trace if the collector takes it."""
         failed = call.outcome is Outcome.FAILED or call.outcome is Outcome.INTERRUPTED
         if not (call.trace.sampled or failed or duration >= self._slow_seconds):
-            return
+            return False
         if self._queued - self._exporter.taken >= QUEUE:
             self._discarded += 1 + len(call.stage_seconds)
-            return
+            return False
         self._queued += 1
         self._processor.on_end(_Ended(call, duration, model, failed))  # type: ignore[arg-type]  # for _Exporter alone
+        return True
 
     def close(self) -> None:
         """Send what is left; bounded by the exporter's timeout."""
