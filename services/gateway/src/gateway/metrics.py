@@ -69,7 +69,8 @@ class Metrics:
         )
         self.holds = Gauge("gateway_holds", "Holds of running calls.", registry=registry)
         self.energy = RareCounter(
-            "gateway_energy_joules", "Energy of the GPUs divided over the calls that ran; `idle` when none did.",
+            "gateway_energy_joules",
+            "Energy of the GPUs: of `calls`, `idle` when none ran, `unknown` while it was not read for over a minute.",
             ("use",), registry=registry,
         )  # fmt: skip
         self.loop_lag = Gauge(
