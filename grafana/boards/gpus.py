@@ -163,7 +163,8 @@ BOARD = Board(
                 ),
                 lines(
                     "Energy by use",
-                    "Watts that went into calls and into waiting for calls, as the gateway divides them.",
+                    "Watts that went into calls and into waiting for calls, as the gateway divides them; unknown: "
+                    "told at once after a GPU could not be read for over a minute.",
                     Query(f"sum by (use) (rate(gateway_energy_joules_total{RATE}))", "{{use}}"),
                     Query(f"sum(rate(gpu_energy_joules_total{{{GPU}}}{RATE}))", "all GPUs"),
                     unit="watt",

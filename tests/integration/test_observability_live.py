@@ -159,8 +159,7 @@ def test_exemplars_carry_traces_that_the_collector_got(stack: Monitored) -> None
     traces = {exemplar["labels"]["trace_id"] for series in found for exemplar in series["exemplars"]}
     assert traces
     assert all(re.fullmatch("[0-9a-f]{32}", trace) for trace in traces)
-    sent = b"".join(stack.collector.bodies)
-    assert any(bytes.fromhex(trace) in sent for trace in traces)
+    wait_until("their traces", lambda: all(bytes.fromhex(t) in b"".join(stack.collector.bodies) for t in traces))
 
 
 def test_a_call_is_one_story_at_the_edge_in_the_gateway_and_in_its_trace(stack: Monitored) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -29,7 +31,7 @@ SPAN = st.fixed_dictionaries(
         "error": st.none() | st.text(max_size=20),
         "attributes": st.dictionaries(
             st.text(min_size=1, max_size=150),
-            st.text(max_size=300) | st.booleans() | st.integers(0, 2**63 - 1) | st.floats(allow_nan=False),
+            st.text(max_size=300) | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False),
             max_size=5,
         ),
     }
@@ -71,3 +73,32 @@ def test_our_bytes_say_what_the_sdk_says(trace_id: int, spans: list[dict[str, An
         del wanted.resource_spans[:]
         sent = b""
     assert ExportTraceServiceRequest.FromString(sent) == wanted
+
+
+def read(value: Any) -> Any:
+    """The value of an attribute as a collector reads it; the span behind it must be readable as well."""
+    spans = [otlp.span(1, n, None, b"name", otlp.SERVER, 1, 2, otlp.attributes(9, {"name": value})) for n in (1, 2)]
+    request = ExportTraceServiceRequest.FromString(otlp.request(b"", b"".join(spans)))
+    first, second = request.resource_spans[0].scope_spans[0].spans
+    assert second.attributes == first.attributes
+    found = first.attributes[0].value
+    return getattr(found, found.WhichOneof("value"))
+
+
+@given(st.integers() | st.integers(0, 400).map(lambda power: 10**power) | st.integers(0, 400).map(lambda n: -(2**n)))
+def test_an_integer_of_any_size_is_told_as_near_as_the_format_can(number: int):
+    assert read(number) == max(-(2**63), min(number, 2**63 - 1))
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udce9b", "\x00", "x" * 100_000])
+def test_any_string_is_sent(text: str):
+    assert read(text) == text.encode(errors="replace").decode()
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, 5e-324])
+def test_floats_at_the_edges_are_sent(number: float):
+    assert read(number) == number
+
+
+def test_not_a_number_is_sent():
+    assert math.isnan(read(math.nan))

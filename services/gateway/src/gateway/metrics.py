@@ -69,7 +69,8 @@ class Metrics:
         )
         self.holds = Gauge("gateway_holds", "Holds of running calls.", registry=registry)
         self.energy = RareCounter(
-            "gateway_energy_joules", "Energy of the GPUs divided over the calls that ran; `idle` when none did.",
+            "gateway_energy_joules",
+            "Energy of the GPUs: of `calls`, `idle` when none ran, `unknown` while it was not read for over a minute.",
             ("use",), registry=registry,
         )  # fmt: skip
         self.loop_lag = Gauge(
@@ -79,7 +80,7 @@ class Metrics:
             "gateway_log_lines_dropped", "Log lines dropped: the reader is slow.", registry=registry
         )
         self.spans_dropped = RareCounter(
-            "gateway_spans_dropped", "Spans dropped: the collector is slow.", registry=registry
+            "gateway_spans_dropped", "Spans that did not reach the collector.", registry=registry
         )
         self.disk_free = Gauge("gateway_disk_free_bytes", "Free bytes where the ledger lives.", registry=registry)
         self.disk_size = Gauge("gateway_disk_size_bytes", "Size of the disk where the ledger lives.", registry=registry)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 Value = str | bool | int | float
 SERVER, INTERNAL, CLIENT = 2, 1, 3  # Span.SpanKind
+_LEAST, _MOST = -(2**63), 2**63 - 1  # what an attribute can hold; callers write any number
 _IDS = struct.Struct(">2sQQ2sQ")  # trace id and span id, each behind its tag and length
 _TIMES = struct.Struct("<cQcQ")
 # The last field: that it is known whether the parent is remote, and whether it is.
@@ -39,11 +40,11 @@ def attributes(number: int, values: Mapping[str, Value]) -> bytes:
     parts = []
     for name, value in values.items():
         if isinstance(value, str):
-            encoded = field(1, value.encode())
+            encoded = field(1, value.encode(errors="replace"))
         elif isinstance(value, bool):
             encoded = b"\x10\x01" if value else b"\x10\x00"
         elif isinstance(value, int):
-            encoded = b"\x18" + _varint(value)
+            encoded = b"\x18" + _varint(max(_LEAST, min(value, _MOST)) & 0xFFFF_FFFF_FFFF_FFFF)
         else:
             encoded = b"\x21" + struct.pack("<d", value)
         parts.append(field(number, field(1, name.encode()) + field(2, encoded)))

@@ -128,25 +128,23 @@ class Telemetry:
         return call.request.model if self._known_model(call.request.model) else "other"
 
     def end(self, call: Call) -> None:
-        """Count, log and trace a finished call."""
+        """Trace, count and log a finished call. Only a call whose trace is sent becomes an exemplar."""
         duration = time.perf_counter() - call.started
         model = self.model_label(call)
         key = (call.endpoint.name, model)
         children = self._children.get(key)
         if children is None:
             children = self._children[key] = _Children(self._metrics, *key)
-        self._count(call, children, duration)
+        kept = self._tracer is not None and self._tracer.end(call, duration, model)
+        self._count(call, children, duration, call.trace.trace_id if kept else None)
         if self._level <= 20 or call.outcome is Outcome.FAILED:
             self._writer.write_line(_line(call, children.names, duration))
-        if self._tracer is not None:
-            self._tracer.end(call, duration, model)
         if self.on_end is not None:
             self.on_end(call)
 
-    def _count(self, call: Call, children: _Children, duration: float) -> None:
+    def _count(self, call: Call, children: _Children, duration: float, exemplar: str | None) -> None:
         outcome = call.outcome or Outcome.FAILED
         children.outcomes[outcome].value += 1
-        exemplar = call.trace.trace_id if self._tracer is not None else None
         children.duration.observe(duration, exemplar)
         usage = call.usage
         if call.first_token_at is not None and call.request is not None and call.request.stream:

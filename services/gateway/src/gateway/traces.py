@@ -11,6 +11,7 @@ import random
 import re
 from typing import TYPE_CHECKING, Any
 
+from loguru import logger
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _NO_TRACE = "0" * 32
+QUEUE = 2048  # kept calls that may wait for the collector
 
 OPERATIONS = {
     "chat_completions": "chat",
@@ -104,7 +106,7 @@ class _Ended:
         trace_id, span_id = int(trace.trace_id, 16), int(trace.span_id, 16)
         parent_id = None if trace.parent_id is None else int(trace.parent_id, 16)
         start = at = int(started_at * 1e9)
-        name = f"{OPERATIONS.get(endpoint, endpoint)} {self._model}".rstrip().encode()
+        name = f"{OPERATIONS.get(endpoint, endpoint)} {self._model}".rstrip().encode(errors="replace")
         told = otlp.attributes(9, values) + otlp.status(self._failed)
         end = start + int(self._duration * 1e9)
         remote = parent_id is not None
@@ -124,21 +126,31 @@ class _Ended:
 
 
 class _Exporter(OTLPSpanExporter):
-    """Sends what `_Ended` makes, and counts the spans that the collector did not take. The connection, its headers and
-    second tries are the SDK's."""
+    """Sends what `_Ended` makes, and counts the spans that the collector did not take or that cannot be made. The
+    connection, its headers and second tries are the SDK's."""
 
     def __init__(self, endpoint: str, resource: Resource) -> None:
         super().__init__(endpoint=f"{endpoint}/v1/traces", timeout=5)
         self._send = self._client.export  # not promised by the SDK, whose version is locked
         self._resource = otlp.attributes(1, {name: str(value) for name, value in resource.attributes.items()})
+        self.taken = 0  # calls out of the queue
         self.dropped = 0
 
     def export(self, spans: Sequence[Any]) -> SpanExportResult:
         """Send a batch of ended calls; called in the processor's thread."""
         kernel.stand_back()
-        if self._send(otlp.request(self._resource, b"".join([ended.spans() for ended in spans]))).success:
+        self.taken += len(spans)
+        made, count = [], 0
+        for ended in spans:
+            try:
+                made.append(ended.spans())
+                count += ended.count
+            except Exception as error:  # whatever it is, it is one call's; the others' spans are sent
+                self.dropped += ended.count
+                logger.opt(exception=error).error("spans_not_made")
+        if self._send(otlp.request(self._resource, b"".join(made))).success:
             return SpanExportResult.SUCCESS
-        self.dropped += sum(ended.count for ended in spans)
+        self.dropped += count
         return SpanExportResult.FAILURE
 
 
@@ -147,22 +159,30 @@ class Tracer:
 
     def __init__(self, endpoint: str, slow_seconds: float, version: str) -> None:
         self._slow_seconds = slow_seconds
+        self._queued = 0  # calls, ever
+        self._discarded = 0  # spans of calls that found the queue full; the SDK's own queue would not tell of them
         resource = Resource.create({"service.name": "gateway", "service.version": version})
         self._exporter = _Exporter(endpoint, resource)
         self._processor = BatchSpanProcessor(
-            self._exporter, max_queue_size=2048, max_export_batch_size=128, export_timeout_millis=5000
+            self._exporter, max_queue_size=QUEUE, max_export_batch_size=128, export_timeout_millis=5000
         )
 
     @property
     def dropped(self) -> int:
-        """Spans that the collector did not take."""
-        return self._exporter.dropped
+        """Spans that did not reach the collector."""
+        return self._discarded + self._exporter.dropped
 
-    def end(self, call: Call, duration: float, model: str) -> None:
-        """Make and queue the spans of a finished call, if it is kept."""
+    def end(self, call: Call, duration: float, model: str) -> bool:
+        """Queue a finished call, if it is kept; whether it was, so that there is a trace if the collector takes it."""
         failed = call.outcome is Outcome.FAILED or call.outcome is Outcome.INTERRUPTED
-        if call.trace.sampled or failed or duration >= self._slow_seconds:
-            self._processor.on_end(_Ended(call, duration, model, failed))  # type: ignore[arg-type]  # for _Exporter alone
+        if not (call.trace.sampled or failed or duration >= self._slow_seconds):
+            return False
+        if self._queued - self._exporter.taken >= QUEUE:
+            self._discarded += 1 + len(call.stage_seconds)
+            return False
+        self._queued += 1
+        self._processor.on_end(_Ended(call, duration, model, failed))  # type: ignore[arg-type]  # for _Exporter alone
+        return True
 
     def close(self) -> None:
         """Send what is left; bounded by the exporter's timeout."""
