@@ -27,7 +27,7 @@ from scripts.daytwo.place import (
     service_of,
     told,
 )
-from scripts.daytwo.settings import REPOSITORY, setting
+from scripts.daytwo.settings import REPOSITORY, models_folder, own_certificate, setting
 
 DEPLOYED = STATE / "deployed.json"
 UPGRADES = STATE / "upgrades"
@@ -50,10 +50,16 @@ def deployed(place: ComposePlace) -> tuple[str, list[str]]:
 
 
 def compose(place: ComposePlace, tree: Path, files: list[str], *words: str) -> None:
-    """Docker Compose with one version's files on the project."""
+    """Docker Compose with one version's files on the project.
+
+    What the operator has beside them stays in this checkout, whichever version's files are used.
+    """
+    beside = {"CERTIFICATES_DIR": own_certificate(), "MODEL_CACHE_DIR": models_folder()}
+    environment = os.environ | {name: os.path.abspath(folder) for name, folder in beside.items() if folder}
     named = [word for name in files for word in ("-f", str(tree / name))]
     settings = ["--env-file", str(REPOSITORY / ".env")] if (REPOSITORY / ".env").is_file() else []
-    run("docker", "compose", "-p", place.project, "--project-directory", tree, *settings, *named, *words, quiet=False)
+    project = ("docker", "compose", "-p", place.project, "--project-directory", tree, *settings, *named)
+    run(*project, *words, quiet=False, env=environment)
 
 
 def remember(place: ComposePlace, folder: Path, commit: str, files: list[str]) -> None:
