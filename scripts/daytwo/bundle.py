@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scripts.daytwo import archive
 from scripts.daytwo.backup import version
-from scripts.daytwo.place import ComposePlace, PlaceError, project_name, run, told
+from scripts.daytwo.place import ComposePlace, PlaceError, project_name, run, told, usual_name
 from scripts.daytwo.settings import REPOSITORY, models_folder, setting
 
 SUMS = "SHA256SUMS"
@@ -67,7 +67,8 @@ def models_place(images: list[str]) -> ComposePlace:
 
 def make_images(mode: str, services: list[str], images: list[str]) -> None:
     """Builds what is built and pulls what is missing. Raises `PlaceError` naming what cannot be had."""
-    compose(mode, "build", "--quiet", *services, quiet=False)
+    # Compose labels what it builds with the project; on the site that is rarely this machine's.
+    compose(mode, "--project-name", usual_name(), "build", "--quiet", *services, quiet=False)
     missing = []
     for image in images:
         known = subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode == 0

@@ -99,9 +99,12 @@ def main() -> int:
         time.sleep(20)
     if words[0] == "run":
         return carrier(words)
+    if words[0] == "rm":
+        left = [one for one in read("containers.json", []) if one["Id"] not in words]
+        (HERE / "containers.json").write_text(json.dumps(left))
     if words[0] == "compose" and "config" in words:
         print(json.dumps(read("config.json", {})))
-    answers = {"ps": containers, "volume": volumes, "image": images}
+    answers = {"ps": containers, "volume": volumes, "image": images, "network": lambda _: ""}
     if words[0] == "inspect":
         print(json.dumps([one for one in read("containers.json", []) if one["Id"] in words]))
     elif words[0] in answers:

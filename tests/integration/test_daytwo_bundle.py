@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.doubles.daytwo_site import PROJECT, Site
+from tests.doubles.daytwo_site import PROJECT, Site, container
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("appliance.tar", "bundle.json", "images.tar", "models.tar")
@@ -128,6 +128,35 @@ def test_the_model_is_taken_from_where_the_engine_has_it_and_goes_there(workshop
     assert told.endswith("status 0"), told
     now = {name: (folder / "some-model" / "weights").read_text() for name, folder in places.items()}
     assert now == {"volume": "another", "folder": "another"} | {whose: f"of the {whose}"}
+
+
+def test_images_bear_the_usual_project_whatever_the_bundlers_is(workshop: Site) -> None:
+    """By that label the site's own verbs know them."""
+    (workshop.docker / "volumes" / f"{PROJECT}_models").rename(workshop.docker / "volumes" / "mine_models")
+    told = workshop.verb("bundle", TO=str(workshop.docker / "medium"), COMPOSE_PROJECT_NAME="mine")
+    assert told.endswith("status 0"), told
+    [build] = [call["words"] for call in workshop.calls() if "build" in call["words"]]
+    assert build[build.index("--project-name") + 1] == PROJECT
+
+
+def test_images_of_another_projects_label_are_known_by_what_ran_from_them(workshop: Site) -> None:
+    """Bundled as `mine`, used here as the usual project, beside an image that was pulled."""
+    pulled = container("nginx", "nginx:1.30")
+    site = {"appliance/gateway:dev": "sha256:gateway", "nginx:1.30": "sha256:nginx", "other/app:1": "sha256:other"}
+    workshop.has("containers.json", [container("gateway"), pulled])
+    workshop.has("images.json", site)
+    workshop.has("labels.json", {"sha256:gateway": "mine", "sha256:other": "mine"})
+    told = workshop.verb("uninstall", YES="1")
+    assert told.endswith("status 0"), told
+    assert workshop.told("images.json") == {"nginx:1.30": "sha256:nginx", "other/app:1": "sha256:other"}
+
+
+def test_a_backup_finds_a_gateway_image_of_another_projects_label(workshop: Site) -> None:
+    """After `make down` there is no container to ask."""
+    (workshop.volume("gateway-data") / "notes").write_text("something to back up")
+    workshop.has("images.json", {"appliance/gateway:dev": "sha256:gateway"})
+    told = workshop.verb("backup", TO=str(workshop.docker / "backup.tar"))
+    assert told.endswith("status 0"), told
 
 
 def test_a_bundle_without_a_model_is_none(workshop: Site) -> None:
