@@ -7,6 +7,7 @@ import sys
 
 from scripts.daytwo.place import STATE, ComposePlace, LocalPlace, PlaceError, find, run, told
 from scripts.daytwo.settings import REPOSITORY
+from scripts.daytwo.upgrade import UPGRADES, forget
 
 PROJECT = "com.docker.compose.project"
 
@@ -57,6 +58,11 @@ def main() -> int:
         return 1
     if isinstance(place, ComposePlace):
         remove_project(place)
+        for folder in UPGRADES.glob("*"):
+            try:
+                forget(folder)
+            except PlaceError as problem:  # somebody's container has the image
+                print(f"uninstall: {problem}", flush=True)
     else:
         assert isinstance(place, LocalPlace)
         place.stop()

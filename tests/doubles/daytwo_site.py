@@ -68,10 +68,14 @@ class Site:
 
 def container(service: str, image: str = "", mounts: tuple[str, ...] = ()) -> dict[str, Any]:
     """A healthy container as `docker inspect` tells it; its image's id ends in the service's name."""
+    named = {
+        "com.docker.compose.service": service,
+        "com.docker.compose.project.config_files": "/somewhere/compose.yaml",
+    }
     return {
         "Id": f"id-of-{service}",
         "Image": f"sha256:{service}",
-        "Config": {"Image": image or f"appliance/{service}:dev", "Labels": {"com.docker.compose.service": service}},
+        "Config": {"Image": image or f"appliance/{service}:dev", "Labels": named},
         "State": {"Status": "running", "Running": True},
         "HostConfig": {"RestartPolicy": {"Name": "unless-stopped"}},
         "RestartCount": 0,
