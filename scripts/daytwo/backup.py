@@ -1,18 +1,24 @@
 """`make backup` and `make restore`: keys, ledger, secrets, certificates in one verified file, taken while serving."""
 
+import contextlib
 import datetime as dt
 import os
 import shutil
+import ssl
 import sys
+import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 from scripts.daytwo import archive
 from scripts.daytwo.archive import Manifest
 from scripts.daytwo.place import STATE, Place, PlaceError, find, run, told
-from scripts.daytwo.settings import REPOSITORY, setting
+from scripts.daytwo.settings import REPOSITORY, own_certificate, setting
 
 VERSION = Path(__file__).with_name("VERSION")
+PAIR = ("fullchain.pem", "privkey.pem")
+SELF_SIGNED = "LLM appliance (self-signed)"  # services/init/certificate.py gives its own that name
 
 
 def version() -> str:
@@ -48,6 +54,7 @@ def restore(place: Place, source: Path) -> Manifest:
         place.stop()
         try:
             put_back(place, packed)
+            put_own_certificate(packed)
         finally:
             if ran:
                 place.start()
@@ -61,6 +68,47 @@ def put_back(place: Place, packed: Path) -> None:
         run("sh", "-c", 'gzip -dc "$1" >"$2"', "sh", packed, plain)
         with plain.open("rb") as state:
             place.replace(state, archive.folders(packed))
+
+
+def put_own_certificate(packed: Path) -> None:
+    """Where the operator's own certificate was served, it is put where the operator keeps it, if nothing is there.
+
+    On another machine that folder is empty, and within a minute the edge would go back to a certificate of its own.
+    """
+    own = own_certificate()
+    if any((own / name).exists() for name in PAIR):
+        return
+    with tarfile.open(packed, "r:gz") as state, tempfile.TemporaryDirectory() as folder:
+        served = [f"edge-certificates/{name}" for name in PAIR]
+        if not set(served) <= set(state.getnames()):
+            return
+        for name in served:
+            state.extract(name, folder, filter="data")
+        chain, key = (Path(folder) / name for name in served)
+        if not lasting_own(chain):
+            return
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+            for source, name, mode in ((key, PAIR[1], 0o600), (chain, PAIR[0], 0o644)):
+                with os.fdopen(os.open(own / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
+                    file.write(source.read_bytes())
+        except OSError as problem:
+            for name in PAIR:  # one without the other is refused
+                with contextlib.suppress(OSError):
+                    (own / name).unlink()
+            print(f"restore: put your certificate into {own} yourself: {problem.strerror}", flush=True)
+        else:
+            print(f"restore: your certificate is in {own}", flush=True)
+
+
+def lasting_own(chain: Path) -> bool:
+    """Whether a certificate is neither one that the edge made itself nor one that has ended, which it would refuse."""
+    try:
+        told = ssl._ssl._test_decode_cert(str(chain))  # type: ignore[attr-defined]  # it has no public way
+        names = {value for part in told["subject"] for _, value in part}
+        return SELF_SIGNED not in names and ssl.cert_time_to_seconds(told["notAfter"]) > time.time()
+    except (ssl.SSLError, KeyError, ValueError):
+        return False
 
 
 def summary(manifest: Manifest) -> str:

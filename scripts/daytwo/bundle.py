@@ -9,12 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from scripts.daytwo import archive
 from scripts.daytwo.backup import version
-from scripts.daytwo.place import ComposePlace, PlaceError, project_name, run, told
-from scripts.daytwo.settings import REPOSITORY, folder, setting
+from scripts.daytwo.place import ComposePlace, PlaceError, project_name, run, told, usual_name
+from scripts.daytwo.settings import REPOSITORY, models_folder, setting
 
 SUMS = "SHA256SUMS"
 PARTS = ("appliance.tar", "bundle.json", "images.tar", "models.tar")
@@ -59,14 +60,15 @@ def gateway_image(images: list[str]) -> str:
 
 def models_place(images: list[str]) -> ComposePlace:
     """The appliance with its models: a volume, or the folder that MODEL_CACHE_DIR names."""
-    own = folder("MODEL_CACHE_DIR")
+    own = models_folder()
     folders = {"models": str(own.resolve())} if own else {}
     return ComposePlace(project_name(), image=gateway_image(images), folders=folders)
 
 
 def make_images(mode: str, services: list[str], images: list[str]) -> None:
     """Builds what is built and pulls what is missing. Raises `PlaceError` naming what cannot be had."""
-    compose(mode, "build", "--quiet", *services, quiet=False)
+    # Compose labels what it builds with the project; on the site that is rarely this machine's.
+    compose(mode, "--project-name", usual_name(), "build", "--quiet", *services, quiet=False)
     missing = []
     for image in images:
         known = subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode == 0
@@ -94,6 +96,7 @@ def bundle(target: Path) -> None:
         shutil.copyfileobj(carrier.stdout, file)
         if carrier.wait():
             raise PlaceError("the model could not be read from its volume")
+    refuse_empty(target / "models.tar", place)
     # As `version` has it: a checkout of another user is as good.
     git = ("git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY)
     run(*git, "archive", "--format=tar", f"--output={target / 'appliance.tar'}", "HEAD")
@@ -103,6 +106,14 @@ def bundle(target: Path) -> None:
     (target / SUMS).write_text("".join(f"{archive.checksum(path)}  {path.name}\n" for path in parts))
     total = sum(path.stat().st_size for path in parts)
     print(f"bundle: {target}: {total / 1e9:.1f} GB, version {described['version']}, for MODE={mode}")
+
+
+def refuse_empty(models: Path, place: ComposePlace) -> None:
+    """Raises `PlaceError` when no model was carried: the site without a network could not mend that."""
+    with tarfile.open(models) as carried:
+        if not any(entry.name.endswith("/config.json") for entry in carried):
+            where = place.volumes()["models"]
+            raise PlaceError(f"no model was carried: {where} has no config.json; see MODEL_CACHE_DIR and MODEL_NAME")
 
 
 def fetch_model(mode: str) -> None:

@@ -160,16 +160,14 @@ class ComposePlace:
         for one in self.containers():
             if service_of(one) == "gateway":
                 return str(one["Image"])
-        images = run(
-            "docker",
-            "image",
-            "ls",
-            "-q",
-            "--filter",
-            self._label(),
-            "--filter",
-            "label=com.docker.compose.service=gateway",
-        ).split()
+        name = f"{setting('APPLIANCE_PREFIX') or 'appliance'}/gateway:{setting('APPLIANCE_VERSION') or 'dev'}"
+        labels = ("--filter", self._label(), "--filter", "label=com.docker.compose.service=gateway")
+        # What came with a bundle may bear another project's label: it is known by its name.
+        images = [
+            image
+            for filters in (labels, ("--filter", f"reference={name}"))
+            for image in run("docker", "image", "ls", "-q", *filters).split()
+        ]
         if not images:
             raise PlaceError(f"project {self.project} has no gateway image: docker compose build gateway")
         return images[0]
@@ -248,8 +246,11 @@ def restarts(container: dict[str, object]) -> bool:
 
 def project_name() -> str:
     """The Compose project: COMPOSE_PROJECT_NAME, or the name in compose.yaml."""
-    if given := setting("COMPOSE_PROJECT_NAME"):
-        return given
+    return setting("COMPOSE_PROJECT_NAME") or usual_name()
+
+
+def usual_name() -> str:
+    """The project's name where the operator chooses none."""
     for line in (REPOSITORY / "compose.yaml").read_text().splitlines():
         if line.startswith("name:"):
             return line.partition(":")[2].strip().removeprefix("${COMPOSE_PROJECT_NAME:-").removesuffix("}")

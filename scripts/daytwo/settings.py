@@ -31,6 +31,16 @@ def folder(name: str) -> Path | None:
     return REPOSITORY / os.path.expanduser(given) if given else None
 
 
+def models_folder() -> Path | None:
+    """The folder that MODEL_CACHE_DIR names; none where it names a volume, told apart as Compose does."""
+    return folder("MODEL_CACHE_DIR") if re.match(r"[.~]|.*/", setting("MODEL_CACHE_DIR")) else None
+
+
+def own_certificate() -> Path:
+    """The folder of the operator's own certificate."""
+    return folder("CERTIFICATES_DIR") or REPOSITORY / "certificates"
+
+
 def state() -> Path:
     """Where state is kept. A `.env` that cannot be read is told by whoever asks for a setting."""
     try:

@@ -7,11 +7,15 @@ import sys
 
 from scripts.daytwo.place import STATE, ComposePlace, LocalPlace, PlaceError, find, run, told
 from scripts.daytwo.settings import REPOSITORY
+from scripts.daytwo.upgrade import UPGRADES, forget
+
+PROJECT = "com.docker.compose.project"
 
 
 def remove_project(place: ComposePlace) -> None:
-    """Everything that bears the project's label, and nothing that another project uses."""
-    label = f"label=com.docker.compose.project={place.project}"
+    """Everything that bears the project's label, what it ran from, and nothing that another project uses."""
+    ran = {str(one["Image"]) for one in place.containers()}
+    label = f"label={PROJECT}={place.project}"
     # Whatever runs from an image of ours has the image's labels: only Compose's own containers have this one.
     containers = run("docker", "ps", "-aq", "--filter", label, "--filter", "label=com.docker.compose.oneoff").split()
     if containers:
@@ -21,6 +25,8 @@ def remove_project(place: ComposePlace) -> None:
         if found:
             run("docker", kind, "rm", *found)
     images = set(run("docker", "image", "ls", "-q", "--no-trunc", "--filter", label).split())
+    # A bundle's images bear another project's label, those that were pulled bear none and stay.
+    images |= ran & set(run("docker", "image", "ls", "-q", "--no-trunc", "--filter", f"label={PROJECT}").split())
     used = {image for image in images if run("docker", "ps", "-aq", "--filter", f"ancestor={image}").strip()}
     if images - used:
         run("docker", "image", "rm", "--force", *sorted(images - used))
@@ -52,6 +58,11 @@ def main() -> int:
         return 1
     if isinstance(place, ComposePlace):
         remove_project(place)
+        for folder in UPGRADES.glob("*"):
+            try:
+                forget(folder)
+            except PlaceError as problem:  # somebody's container has the image
+                print(f"uninstall: {problem}", flush=True)
     else:
         assert isinstance(place, LocalPlace)
         place.stop()

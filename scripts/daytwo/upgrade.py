@@ -27,11 +27,12 @@ from scripts.daytwo.place import (
     service_of,
     told,
 )
-from scripts.daytwo.settings import REPOSITORY, setting
+from scripts.daytwo.settings import REPOSITORY, models_folder, own_certificate, setting
 
 DEPLOYED = STATE / "deployed.json"
 UPGRADES = STATE / "upgrades"
 SCHEMA_FOLDER = "gateway-data"
+KEPT_UPGRADES = 2
 
 
 def deployed(place: ComposePlace) -> tuple[str, list[str]]:
@@ -50,10 +51,16 @@ def deployed(place: ComposePlace) -> tuple[str, list[str]]:
 
 
 def compose(place: ComposePlace, tree: Path, files: list[str], *words: str) -> None:
-    """Docker Compose with one version's files on the project."""
+    """Docker Compose with one version's files on the project.
+
+    What the operator has beside them stays in this checkout, whichever version's files are used.
+    """
+    beside = {"CERTIFICATES_DIR": own_certificate(), "MODEL_CACHE_DIR": models_folder()}
+    environment = os.environ | {name: os.path.abspath(folder) for name, folder in beside.items() if folder}
     named = [word for name in files for word in ("-f", str(tree / name))]
     settings = ["--env-file", str(REPOSITORY / ".env")] if (REPOSITORY / ".env").is_file() else []
-    run("docker", "compose", "-p", place.project, "--project-directory", tree, *settings, *named, *words, quiet=False)
+    project = ("docker", "compose", "-p", place.project, "--project-directory", tree, *settings, *named)
+    run(*project, *words, quiet=False, env=environment)
 
 
 def remember(place: ComposePlace, folder: Path, commit: str, files: list[str]) -> None:
@@ -71,12 +78,38 @@ def remember(place: ComposePlace, folder: Path, commit: str, files: list[str]) -
             shutil.copy(REPOSITORY / name, tree / name)
     images = {}
     for one in place.containers():
-        name = f"appliance-before/{service_of(one)}:{folder.name.lower()}"
+        name = kept_name(service_of(one), folder)
         run("docker", "image", "tag", str(one["Image"]), name)
         images[str(one["Config"]["Image"])] = name  # type: ignore[index]
     services = [service_of(one) for one in place.containers()]
     facts = {"commit": commit, "files": files, "images": images, "services": services, "forms": manifest.forms}
     (folder / "before.json").write_text(json.dumps(facts, indent=1))
+
+
+def kept_name(service: str, folder: Path) -> str:
+    """What the image that a service ran from is called in the way back of an upgrade."""
+    return f"appliance-before/{service}:{folder.name.lower()}"
+
+
+def forget(folder: Path) -> None:
+    """Removes the way back of an upgrade: the names of its images, and with its last name an image, and its folder."""
+    names = f"reference={kept_name('*', folder)}"
+    images = run("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", "--filter", names).split()
+    if images:
+        run("docker", "image", "rm", *images)
+    shutil.rmtree(folder)
+
+
+def forget_old(place: ComposePlace) -> None:
+    """Keeps the last upgrades; of those before, only what containers still use. Nobody else would ever remove them."""
+    mounts = [mount for one in place.containers() for mount in one.get("Mounts", [])]  # type: ignore[attr-defined]
+    for folder in sorted(path for path in UPGRADES.glob("*") if path.is_dir())[:-KEPT_UPGRADES]:
+        if any(Path(str(mount.get("Source", ""))).is_relative_to(folder) for mount in mounts):
+            continue  # what runs is the version from before, on these files
+        try:
+            forget(folder)
+        except (PlaceError, OSError) as problem:
+            print(f"upgrade: {folder} stays: {problem}", flush=True)
 
 
 def forward(place: ComposePlace, files: list[str], services: list[str]) -> None:
@@ -167,6 +200,7 @@ def main() -> int:
         back(place, folder)
         raise PlaceError(f"{version()} did not become healthy; {commit} serves again") from None
     record(version(), files)
+    forget_old(place)
     print(f"upgrade: {version()} serves; the way back is `make upgrade BACK=1` ({folder})")
     return 0
 

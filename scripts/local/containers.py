@@ -10,10 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.daytwo.rotation import NEW_PASSWORD
+
 from .places import ROOT
 from .start import engine_words
 
 ONE_SHOTS = ("init", "model")
+# In a container: whether a secret was written after its first process had read them all.
+OUTDATED = (
+    "import os,time;ticks=int(open('/proc/1/stat').read().rpartition(')')[2].split()[19]);"
+    "age=float(open('/proc/uptime').read().split()[0])-ticks/os.sysconf('SC_CLK_TCK');"
+    "written=max(one.stat().st_mtime for one in os.scandir('/run/secrets') if one.is_file());"
+    "print('outdated' if written>time.time()-age else 'current')"
+)
 PROJECT = "appliance"  # the name in compose.yaml
 
 
@@ -86,9 +95,33 @@ class Stack:
                 raise ComposeError(f"`{one_shot}` failed (its reason stands above)")
         if self.show("up", "--detach") != 0:
             raise ComposeError("the services could not be started (the reason stands above)")
-        return self._wait(say, started, seconds)
+        self._renew_secrets(say)
+        self._wait(say, started, seconds)
+        self._set_password()
+        return time.monotonic() - started
 
-    def _wait(self, say: Any, started: float, seconds: float) -> float:
+    def _renew_secrets(self, say: Any) -> None:
+        """Restarts who runs on secrets that `init` has written anew since: to Compose nothing has changed."""
+        asked = {name: self.ask("exec", "-T", name, "python3", "-c", OUTDATED) for name in ("vllm", "gateway")}
+        outdated = [name for name, done in asked.items() if done.stdout.strip() == "outdated"]
+        if outdated:
+            say(f"secrets have changed: restarting {' and '.join(outdated)}")
+            if self.show("restart", "--no-deps", *outdated) != 0:
+                raise ComposeError("the services could not be restarted (the reason stands above)")
+
+    def _set_password(self) -> None:
+        """Grafana's password is the given one, also where its database already had another."""
+        password = self.environment.get("GRAFANA_ADMIN_PASSWORD", "").strip()
+        if not password or not any(one["Service"] == "grafana" for one in self.services()):
+            return
+        done = subprocess.run(
+            self.argv(*NEW_PASSWORD), env=dict(self.environment), input=password, capture_output=True, text=True,
+            check=False, cwd=ROOT,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise ComposeError(f"GRAFANA_ADMIN_PASSWORD could not be set: {_last(done.stderr)}")
+
+    def _wait(self, say: Any, started: float, seconds: float) -> None:
         shown, told_at = "", 0.0
         while True:
             elapsed = time.monotonic() - started
@@ -99,7 +132,7 @@ class Stack:
                 if name not in ONE_SHOTS and (one["State"] != "running" or one.get("Health") not in {"healthy", ""})
             ]
             if not waiting:
-                return elapsed
+                return
             dead = [name for name in waiting if containers[name]["State"] in {"exited", "dead"}]
             if dead:
                 raise ComposeError(f"{dead[0]} ended:\n{self.ask('logs', '--tail', '15', dead[0]).stdout}")

@@ -2,7 +2,8 @@
 """A `docker` for tests of who calls it: notes each call in $DOCKER_DOUBLE/calls and answers as the files there say.
 
 `fail` holds words; a call that contains one of them ends with 1. `ps` is what `compose ps` prints, `files` the Compose
-files of containers that somebody has started by hand. Exists as a program on PATH, so that what is tested calls it as it
+files of containers that somebody has started by hand, `outdated` the services that run on secrets of before; what a
+call brings on its input is in `input`. Exists as a program on PATH, so that what is tested calls it as it
 calls the real one.
 """
 
@@ -45,6 +46,12 @@ def main() -> int:
         Path(sys.argv[-1]).write_bytes((folder / "certificate.pem").read_bytes())
     elif "exec -T vllm" in call and (folder / "engine").exists():
         print((folder / "engine").read_text())
+    if "--password-from-stdin" in call:
+        (folder / "input").write_text(sys.stdin.read())
+    if "/run/secrets'" in call:
+        outdated = (folder / "outdated").read_text().split() if (folder / "outdated").exists() else []
+        print("outdated" if any(f"exec -T {service} " in call for service in outdated) else "current")
+        return 0
     for key, answer in ANSWERS.items():
         if key in call:
             print(answer)

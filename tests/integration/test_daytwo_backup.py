@@ -1,5 +1,6 @@
 """Backup and restore of a local appliance's state, from outside: verbs as processes, files as a user has them."""
 
+import datetime as dt
 import json
 import os
 import sqlite3
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from services.init.certificate import self_signed
+from tests.integration.test_daytwo_doctor import certificate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BOOK = "gateway-data/gateway.sqlite3"
@@ -254,3 +257,43 @@ def test_a_site_without_git_backs_up_and_knows_its_version(state: Path, tmp_path
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"of version {version}" in done.stdout
+
+
+@pytest.mark.parametrize("whose", ["own", "own-ended", "self-signed", "another-is-there"])
+def test_a_certificate_of_ones_own_moves_to_another_machine(state: Path, tmp_path: Path, whose: str) -> None:
+    """Served alone it would be replaced within a minute: only what lies in the operator's folder stays."""
+    now, own, served = dt.datetime.now(dt.UTC), tmp_path / "own", state / "edge-certificates"
+    if whose == "self-signed":
+        chain, key = self_signed((), now)
+    else:
+        days = -1 if whose == "own-ended" else 60
+        chain = key = certificate(tmp_path, now + dt.timedelta(days=days), "llm.example").read_bytes()
+    (served / "fullchain.pem").write_bytes(chain)
+    (served / "privkey.pem").write_bytes(key)
+    backup = tmp_path / "backup.tar"
+    assert verb("backup", state, TO=str(backup)).returncode == 0
+    if whose == "another-is-there":
+        own.mkdir()
+        (own / "fullchain.pem").write_text("newer")
+
+    done = verb("restore", state, FROM=str(backup), CERTIFICATES_DIR=str(own))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    there = {path.name: path.read_bytes() for path in own.iterdir()} if own.exists() else {}
+    moved = {"fullchain.pem": chain, "privkey.pem": key}
+    assert there == {"own": moved, "another-is-there": {"fullchain.pem": b"newer"}}.get(whose, {})
+    assert (f"your certificate is in {own}" in done.stdout) == (whose == "own")
+    if whose == "own":
+        assert (own / "privkey.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_takes_no_certificate_stops_no_restore(state: Path, tmp_path: Path) -> None:
+    pair = certificate(tmp_path, dt.datetime.now(dt.UTC) + dt.timedelta(days=60), "llm.example").read_bytes()
+    for name in ("fullchain.pem", "privkey.pem"):
+        (state / "edge-certificates" / name).write_bytes(pair)
+    backup = tmp_path / "backup.tar"
+    assert verb("backup", state, TO=str(backup)).returncode == 0
+    own = tmp_path / "backup.tar" / "own"  # no folder can be there, also for root
+    done = verb("restore", state, FROM=str(backup), CERTIFICATES_DIR=str(own))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"put your certificate into {own} yourself: Not a directory" in done.stdout

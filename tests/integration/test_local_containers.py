@@ -6,9 +6,11 @@ import datetime as dt
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from scripts.local.containers import OUTDATED
 from scripts.local.places import ROOT
 from services.init import certificate
 from tests.doubles.ports import free_ports
@@ -131,6 +133,40 @@ def test_a_compose_file_that_does_not_hold_is_refused_before_anything(environmen
     assert done.returncode == 2
     assert "the double fails at config" in done.stderr
     assert calls(environment) == []
+
+
+def test_given_secrets_that_changed_are_in_use_afterwards(environment: dict[str, str]) -> None:
+    """To Compose nothing has changed: gateway and engine would be parted by the next restart of only one of them."""
+    double = Path(environment["DOCKER_DOUBLE"])
+    services = [container("gateway"), container("nginx"), container("vllm"), container("grafana")]
+    (double / "ps").write_text("\n".join(services))
+    assert verb(environment, "up").returncode == 0
+    assert not any("restart" in line for line in calls(environment)), "who has read the present ones goes on"
+    assert not (double / "input").exists(), "a password that is not given is Grafana's own affair"
+    (double / "outdated").write_text("vllm gateway")
+
+    done = verb({**environment, "GRAFANA_ADMIN_PASSWORD": "changed"}, "up")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "secrets have changed: restarting vllm and gateway" in done.stdout
+    verbs = calls(environment)
+    assert verbs.index("compose restart --no-deps vllm gateway") > verbs.index("compose up --detach")
+    assert (double / "input").read_text() == "changed"
+    assert "changed" not in "".join(verbs)
+
+
+def test_who_reads_secrets_later_than_they_were_written_has_them(tmp_path: Path) -> None:
+    """What is asked in a container: here of this machine's first process, which began before any of these files."""
+    script = OUTDATED.replace("/run/secrets", str(tmp_path))
+    secret = tmp_path / "vllm_api_key"
+    secret.write_text("a secret")
+
+    def told() -> str:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert told() == "outdated"
+    os.utime(secret, (0, 0))
+    assert told() == "current"
 
 
 def test_monitoring_alone(environment: dict[str, str]) -> None:
