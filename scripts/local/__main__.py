@@ -203,7 +203,7 @@ def monitoring(environment: dict[str, str], verb: str) -> int:
     if docker.reason is None:
         choice = mode.choose(environment.get("MODE", ""), docker, machine.gpus(), 1)
         stack = Stack(tuple(choice.files), environment)
-        return stack.show("up", "--detach", *MONITORING) if verb == "up" else stack.show("stop", *MONITORING)
+        return stack.up(*MONITORING) if verb == "up" else stack.show("stop", *MONITORING)
     local = settings.read(environment)
     if verb == "down":
         running.stop(local.places, "monitoring")

@@ -133,6 +133,44 @@ def test_a_compose_file_that_does_not_hold_is_refused_before_anything(environmen
     assert calls(environment) == []
 
 
+def recreated(environment: dict[str, str]) -> list[str]:
+    """The services that were made anew because of their files, call by call."""
+    mark = "compose up --detach --no-deps --force-recreate "
+    return [line.removeprefix(mark) for line in calls(environment) if line.startswith(mark)]
+
+
+def test_a_changed_configuration_file_reaches_the_service_that_runs(environment: dict[str, str]) -> None:
+    """Compose compares definitions, not the files in mounted folders: it would leave the old rules in effect."""
+    double = Path(environment["DOCKER_DOUBLE"])
+    everything = [container(name) for name in ("gateway", "nginx", "vllm", "loki", "prometheus")]
+    (double / "ps").write_text("\n".join([*everything, container("promtail", "exited", "")]))
+    assert verb(environment, "monitoring", "up").returncode == 0
+    assert recreated(environment) == [], "what does not run reads its files when it starts"
+    assert verb(environment, "monitoring", "up").returncode == 0
+    assert recreated(environment) == [], "nothing changed"
+    note = Path(environment["APPLIANCE_STATE"], "mounted.json")
+    told = json.loads(note.read_text())
+    assert "nginx" not in told, "nothing was started that reads it"
+    note.write_text(json.dumps({**told, "prometheus": "of other rules", "promtail": "of another file"}))
+    (double / "fail").write_text("--force-recreate")
+    assert verb(environment, "monitoring", "up").returncode == 1
+    assert json.loads(note.read_text())["prometheus"] == "of other rules", "it still has to be done"
+    (double / "fail").unlink()
+    assert verb(environment, "monitoring", "up").returncode == 0
+    assert recreated(environment) == ["prometheus", "prometheus"]
+    assert json.loads(note.read_text()) == told
+
+
+def test_up_takes_changed_files_over_also_where_no_note_says_what_runs(environment: dict[str, str]) -> None:
+    double = Path(environment["DOCKER_DOUBLE"])
+    (double / "files").write_text(f"{ROOT / 'compose.yaml'},{ROOT / 'compose.cpu.yaml'}\n")
+    (double / "ps").write_text("\n".join(container(name) for name in ("gateway", "nginx", "vllm", "loki")))
+    assert verb(environment, "up").returncode == 0
+    assert recreated(environment) == ["loki nginx"]
+    assert verb(environment, "up").returncode == 0
+    assert recreated(environment) == ["loki nginx"]
+
+
 def test_monitoring_alone(environment: dict[str, str]) -> None:
     assert verb(environment, "monitoring", "up").returncode == 0
     [line] = calls(environment)
