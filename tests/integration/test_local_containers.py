@@ -171,6 +171,16 @@ def test_up_takes_changed_files_over_also_where_no_note_says_what_runs(environme
     assert recreated(environment) == ["loki nginx"]
 
 
+@pytest.mark.parametrize("name", ["up", "preflight"])
+def test_a_secret_in_a_file_that_no_container_would_see_is_refused(environment: dict[str, str], name: str) -> None:
+    """Unread, `DATABASE_URL_FILE` would mean SQLite, and the token of a gated model none."""
+    done = verb({**environment, "DATABASE_URL_FILE": "/etc/database", "HF_TOKEN_FILE": "/etc/token"}, name)
+    assert done.returncode == 2
+    for variable in ("DATABASE_URL", "HF_TOKEN"):
+        assert f"{name}: {variable}_FILE: a container does not see this file; give {variable} itself" in done.stderr
+    assert calls(environment) == []
+
+
 def test_monitoring_alone(environment: dict[str, str]) -> None:
     assert verb(environment, "monitoring", "up").returncode == 0
     [line] = calls(environment)

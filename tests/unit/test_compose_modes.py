@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripts.daytwo import settings
-from scripts.local import mode, variables
+from scripts.local import mode, plan, start, variables
+from scripts.local import settings as local_settings
 from scripts.local.machine import Docker
 
 GOOD = Docker(True, None, False, (2, 40), True, "/var/lib/docker")
@@ -97,6 +98,25 @@ def test_unknown_and_contradictory_names_are_told_all_at_once(tmp_path: Path) ->
     assert "did you mean GATEWAY_ADMIN_KEY?" in text
     assert "VLLM_API_KEY and VLLM_API_KEY_FILE are both set" in text
     assert len(bad.value.problems) == 4
+
+
+@pytest.mark.parametrize("name", variables.SECRETS)
+def test_a_secret_in_a_file_is_for_processes_and_not_for_containers(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of-the-file\n")
+    given = {f"{name}_FILE": str(tmp_path / "secret"), "APPLIANCE_STATE": str(tmp_path / "state")}
+    assert variables.load(given, tmp_path / ".env") == given
+    assert [line.split(":")[0] for line in variables.not_for_containers(given)] == [f"{name}_FILE"]
+    assert variables.not_for_containers({name: "x", f"{name}_FILE": " "}) == []
+    local = local_settings.read(given)
+    assert {name, f"{name}_FILE"} & set(plan.engine_environment(local)) <= {"VLLM_API_KEY_FILE"}
+    if name in ("GATEWAY_API_KEYS", "DATABASE_URL", "BACKENDS"):
+        theirs = plan.gateway_environment(local)
+        assert (theirs.get(name), theirs[f"{name}_FILE"]) == (None, given[f"{name}_FILE"])
+    elif name in local_settings.READ_HERE:
+        assert local.environment[name] == "of-the-file"
+        start.prepare(local)
+        kept = {path.name: path.read_text() for path in (tmp_path / "state").glob("*-secrets/*")}
+        assert kept.get(name.lower(), "of-the-file") == "of-the-file"
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
