@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripts.daytwo import settings
-from scripts.local import mode, plan, start, variables
+from scripts.local import example, mode, plan, start, variables
 from scripts.local import settings as local_settings
 from scripts.local.machine import Docker
+
+import engine.settings
+import gateway.settings
+import gpu_exporter.settings
 
 GOOD = Docker(True, None, False, (2, 40), True, "/var/lib/docker")
 NO_NVIDIA = Docker(True, None, False, (2, 40), False, "/var/lib/docker")
@@ -117,6 +123,19 @@ def test_a_secret_in_a_file_is_for_processes_and_not_for_containers(name: str, t
         start.prepare(local)
         kept = {path.name: path.read_text() for path in (tmp_path / "state").glob("*-secrets/*")}
         assert kept.get(name.lower(), "of-the-file") == "of-the-file"
+
+
+@pytest.mark.parametrize(
+    "service", [gateway.settings, engine.settings, gpu_exporter.settings], ids=lambda one: one.__name__
+)
+def test_every_line_of_the_example_may_be_given_to_every_program(service: ModuleType, tmp_path: Path) -> None:
+    """In local mode they share one environment, so each must leave the others' and Compose's own variables alone."""
+    lines = re.findall(r"^#? ?([A-Z][A-Z0-9_]*=.*)$", example.EXAMPLE.read_text(), re.MULTILINE)
+    (tmp_path / ".env").write_text("\n".join(lines))
+    given = variables.load({}, tmp_path / ".env")
+    assert set(given) == variables.known()
+    local_settings.read(given)
+    service.load(given)
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
