@@ -181,6 +181,39 @@ def test_a_secret_in_a_file_that_no_container_would_see_is_refused(environment: 
     assert calls(environment) == []
 
 
+def test_a_load_test_finds_the_appliance_that_runs(environment: dict[str, str]) -> None:
+    """Its URL and its certificate as it is now, also where it was started by hand."""
+    double, state = Path(environment["DOCKER_DOUBLE"]), Path(environment["APPLIANCE_STATE"])
+    (double / "files").write_text(f"{ROOT / 'compose.yaml'}\n")
+
+    def where(environment: dict[str, str]) -> str:
+        argv = [ROOT / ".venv/bin/python", "-m", "scripts.local", "where", "edge"]
+        return subprocess.run(argv, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+    assert where(environment) == f"https://127.0.0.1:{environment['HTTPS_PORT']}\n{state / 'certificate.pem'}\n"
+    assert (state / "certificate.pem").read_bytes() == (double / "certificate.pem").read_bytes()
+    plain = {name: value for name, value in environment.items() if name != "HTTPS_PORT"}
+    assert where(plain).startswith("https://127.0.0.1\n"), "what compose.yaml publishes"
+    named = {**plain, "APPLIANCE_HOSTS": "llm.example.com", "LETSENCRYPT_EMAIL": "a@example.com"}
+    assert where(named) == "https://llm.example.com\n\n", "everybody trusts that one"
+    local = {**plain, "MODE": "local"}
+    (state / "edge-certificates").mkdir()
+    (state / "certificate.pem").rename(state / "edge-certificates/fullchain.pem")
+    assert where(local) == f"https://127.0.0.1:8443\n{state / 'edge-certificates/fullchain.pem'}\n"
+
+
+def test_a_load_test_where_none_is_found_says_so(environment: dict[str, str]) -> None:
+    (Path(environment["DOCKER_DOUBLE"]) / "files").write_text(f"{ROOT / 'compose.yaml'}\n")
+    (Path(environment["DOCKER_DOUBLE"]) / "fail").write_text("compose cp")
+    argv = [ROOT / ".venv/bin/python", ROOT / "scripts/loadtest.d/run.py"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "loadtest: the certificate cannot be copied: the double fails at compose cp (make status)"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 def test_monitoring_alone(environment: dict[str, str]) -> None:
     assert verb(environment, "monitoring", "up").returncode == 0
     [line] = calls(environment)
