@@ -18,6 +18,7 @@ import measure
 import report
 
 HOME = Path(__file__).resolve().parent
+ROOT = HOME.parents[1]
 STATE = Path(os.environ.get("APPLIANCE_STATE", ".state")).resolve()
 
 
@@ -39,9 +40,15 @@ def positive(name: str, default: str) -> float:
     return value
 
 
-def first_of(*candidates: Path) -> Path | None:
-    """The first file that exists."""
-    return next((path for path in candidates if path.is_file()), None)
+def appliance() -> tuple[str, Path | None]:
+    """URL and certificate of the appliance that this checkout and its `.env` name, in whichever form it runs."""
+    argv = [str(ROOT / ".venv/bin/python"), "-m", "scripts.local", "where", "edge"]
+    told = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT)
+    if told.returncode != 0:
+        reason = (told.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("where: ")
+        raise fail(f"{reason} (make status)")
+    url, certificate = told.stdout.splitlines()
+    return url, Path(certificate) if certificate else None
 
 
 def get(url: str, key: str, certificate: Path | None) -> bytes:
@@ -72,16 +79,19 @@ def own_key(url: str, certificate: Path | None) -> str:
 
 
 def target() -> tuple[str, str, Path | None]:
-    """URL, key and certificate: given, or those of the appliance that `make up` started on this machine."""
-    url = (os.environ.get("URL") or f"https://127.0.0.1:{os.environ.get('HTTPS_PORT') or 8443}").rstrip("/")
+    """URL, key and certificate: given, or those of this machine's appliance."""
     key = os.environ.get("API_KEY") or os.environ.get("KEY") or ""
     if not key and os.environ.get("URL"):
         raise fail("API_KEY is not set: give a key of the gateway at URL")
     given = os.environ.get("CA_FILE")
     if given and not Path(given).is_file():
         raise fail(f"CA_FILE names {given}, which is not a file")
-    own = (STATE / "edge-certificates/fullchain.pem", STATE / "certificates/fullchain.pem")
-    certificate = Path(given) if given else first_of(*own)
+    if url := os.environ.get("URL", "").rstrip("/"):
+        own = (STATE / "edge-certificates/fullchain.pem", STATE / "certificate.pem")  # another name of this machine
+        certificate = next((path for path in own if path.is_file()), None)
+    else:
+        url, certificate = appliance()
+    certificate = Path(given) if given else certificate
     return url, key or own_key(url, certificate), certificate
 
 
@@ -97,8 +107,8 @@ def models(url: str, key: str, certificate: Path | None) -> list[str]:
         ) from None
 
 
-def command(folder: Path, url: str, key: str, kind: dict[str, Any], levels: dict[str, float]) -> list[str]:
-    """The generator's command line."""
+def command(folder: Path, url: str, kind: dict[str, Any], levels: dict[str, float]) -> list[str]:
+    """The generator's command line, without the key: everybody on the machine can read it."""
     seconds = positive("DURATION", "60")
     load = (
         ["--concurrency", str(kind["concurrency"])]
@@ -109,7 +119,7 @@ def command(folder: Path, url: str, key: str, kind: dict[str, Any], levels: dict
         f"time_to_first_token:{levels['first_token'] * 1000:g} inter_token_latency:{levels['inter_token'] * 1000:g}"
     )
     return [
-        *(str(Path(sys.executable).with_name("aiperf")), "profile", "--url", url, "--api-key", key),
+        *(sys.executable, str(HOME / "generator.py"), "profile", "--url", url),
         *("--model", kind["model"], "--endpoint-type", "chat", "--streaming", "--use-legacy-max-tokens"),
         *("--use-server-token-count", "--tokenizer", str(STATE / "loadtest-venv/tokenizer")),
         *("--input-file", str(kind_prompts()), "--custom-dataset-type", "single_turn"),
@@ -150,13 +160,13 @@ def main() -> int:
     results = Path(os.environ.get("LOADTEST_DIR") or STATE / "loadtest").resolve()
     folder = results / when
     folder.mkdir(parents=True)
-    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
+    environment = {**os.environ, "LOADTEST_KEY": key, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
     if certificate is not None:
         environment["SSL_CERT_FILE"] = str(certificate)
     print(f"loadtest: {model} at {url}; the report will be {folder}/report.html", flush=True)
     with (folder / "generator.log").open("wb") as log:
         # Progress goes to the terminal (stderr); the generator's tables to its log: the report says it shorter.
-        done = subprocess.run(command(folder, url, key, kind, levels), env=environment, stdout=log, check=False)
+        done = subprocess.run(command(folder, url, kind, levels), env=environment, stdout=log, check=False)
     (folder / "generator/inputs.json").unlink(missing_ok=True)
     result = measure.read(folder / "generator/profile_export.jsonl", levels)
     run = {"when": when, "url": url, "kind": kind, "levels": levels, "summary": result.summary}

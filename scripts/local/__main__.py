@@ -1,4 +1,4 @@
-"""`make`'s daily verbs: up, down, status, logs, stop, service NAME, monitoring up|down, keys …, preflight."""
+"""`make`'s daily verbs: up, down, status, logs, stop, service NAME, monitoring up|down, keys …, preflight, where."""
 
 from __future__ import annotations
 
@@ -113,9 +113,7 @@ def up_compose(choice: Choice, docker: machine.Docker, environment: dict[str, st
     }
     say(f"ready after {seconds:.0f} s")
     model = _served_model(stack)
-    hosts = [host.strip() for host in environment.get("APPLIANCE_HOSTS", "").split(",") if host.strip()]
-    public = hosts[0] if hosts and environment.get("LETSENCRYPT_EMAIL", "").strip() else None
-    reached = welcome.address(int(port["HTTPS"] or 443), where.trusted, public)
+    reached = welcome.address(int(port["HTTPS"] or 443), where.trusted, _public(environment))
     print(welcome.text(reached, model, key, more))
     return 0
 
@@ -203,7 +201,7 @@ def monitoring(environment: dict[str, str], verb: str) -> int:
     if docker.reason is None:
         choice = mode.choose(environment.get("MODE", ""), docker, machine.gpus(), 1)
         stack = Stack(tuple(choice.files), environment)
-        return stack.show("up", "--detach", *MONITORING) if verb == "up" else stack.show("stop", *MONITORING)
+        return stack.up(*MONITORING) if verb == "up" else stack.show("stop", *MONITORING)
     local = settings.read(environment)
     if verb == "down":
         running.stop(local.places, "monitoring")
@@ -239,6 +237,30 @@ def keys(environment: dict[str, str], *words: str) -> int:
     return subprocess.run(argv, env=plan.gateway_environment(local, secrets=False), check=False).returncode
 
 
+def located(environment: dict[str, str], what: str) -> int:
+    """For programs that call the appliance: `state` is its folder, `edge` its URL and the certificate to trust."""
+    where = places(environment)
+    if what == "state":
+        print(where.state)
+        return 0
+    stack = _deployed(where, environment)
+    if stack is None:
+        found = running.running(where)
+        ports = found.ports if found else {}
+        local = settings.read({**environment, **{name: str(port) for name, port in ports.items()}})
+        port, certificate, public = local.ports.https, where.certificates / "fullchain.pem", None
+    else:
+        port, certificate = int(environment.get("HTTPS_PORT", "").strip() or 443), where.trusted
+        public = _public(environment)
+        if public is None:
+            stack.copy_certificate(certificate)  # as it is now: it may have been renewed since `make up`
+    if public is None and not certificate.is_file():
+        raise RefusedError(["no appliance found: `make up` starts one"])
+    print(welcome.address(port, certificate, public).url)
+    print("" if public else certificate)
+    return 0
+
+
 def check(environment: dict[str, str]) -> int:
     """Only the preflight: what would stand in the way of `make up`."""
     choice, docker = chosen(environment)
@@ -266,6 +288,12 @@ def _local_keys(local: LocalSettings) -> welcome.Keys:
         )
 
     return keys
+
+
+def _public(environment: dict[str, str]) -> str | None:
+    """The host name with a certificate of Let's Encrypt, if that is how the appliance is reached."""
+    hosts = [host.strip() for host in environment.get("APPLIANCE_HOSTS", "").split(",") if host.strip()]
+    return hosts[0] if hosts and environment.get("LETSENCRYPT_EMAIL", "").strip() else None
 
 
 def _served_model(stack: Stack) -> str:
@@ -301,7 +329,7 @@ def _deployed(where: Places, environment: dict[str, str]) -> Stack | None:
 
 VERBS: dict[str, Callable[..., int]] = {
     "up": up, "down": down, "stop": stop, "status": status, "logs": logs, "service": service,
-    "monitoring": monitoring, "keys": keys, "preflight": check,
+    "monitoring": monitoring, "keys": keys, "preflight": check, "where": located,
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from scripts.daytwo.rotation import NEW_PASSWORD
 
-from .places import ROOT
+from . import mounted
+from .places import ROOT, places
 from .start import engine_words
 
 ONE_SHOTS = ("init", "model")
@@ -84,6 +85,19 @@ class Stack:
         """`gateway keys …` inside the gateway's container."""
         return self.ask("exec", "-T", "gateway", "gateway", "keys", *words)
 
+    def up(self, *services: str) -> int:
+        """Start what is missing and replace what changed, in its definition or in the files it reads."""
+        where, now = places(self.environment), mounted.digests()
+        now = {name: digest for name, digest in now.items() if not services or name in services}
+        running = {one["Service"] for one in self.services() if one["State"] == "running"}
+        outdated = sorted(mounted.stale(where, now) & running)
+        if outdated and (code := self.show("up", "--detach", "--no-deps", "--force-recreate", *outdated)) != 0:
+            return code
+        code = self.show("up", "--detach", *services)
+        if code == 0:
+            mounted.note(where, now)
+        return code
+
     def start(self, say: Any, seconds: float) -> float:
         """Build, start, and wait until all is healthy; the seconds it took. Raises `ComposeError`."""
         started = time.monotonic()
@@ -93,7 +107,7 @@ class Stack:
         for one_shot in ONE_SHOTS:
             if self.show("run", "--rm", one_shot) != 0:
                 raise ComposeError(f"`{one_shot}` failed (its reason stands above)")
-        if self.show("up", "--detach") != 0:
+        if self.up() != 0:
             raise ComposeError("the services could not be started (the reason stands above)")
         self._renew_secrets(say)
         self._wait(say, started, seconds)

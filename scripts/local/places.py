@@ -60,6 +60,11 @@ class Places:
         return self.state / "deployed.json"
 
     @property
+    def mounted(self) -> Path:
+        """With which of this checkout's files the containers run."""
+        return self.state / "mounted.json"
+
+    @property
     def trusted(self) -> Path:
         """The served certificate, without its key, for `curl --cacert`."""
         return self.state / "certificate.pem"

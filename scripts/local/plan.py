@@ -9,17 +9,14 @@ from pathlib import Path
 from .places import ROOT, program
 from .settings import LocalSettings
 from .supervisor import Plan, Service
+from .variables import SECRETS
 
 BIN = ROOT / ".venv" / "bin"
-# Whose variables they are not, they shall not see.
-_SECRETS = (
-    "GATEWAY_API_KEYS", "GATEWAY_ADMIN_KEY", "VLLM_API_KEY", "DATABASE_URL", "BACKENDS", "HF_TOKEN",
-    "GRAFANA_ADMIN_PASSWORD", "ALERT_SMTP_PASSWORD", "ALERT_SLACK_URL", "ALERT_WEBHOOK_URL", "ALERT_HEARTBEAT_URL",
-)  # fmt: skip
 
 
 def _without_secrets(settings: LocalSettings) -> dict[str, str]:
-    hidden = {*_SECRETS, *(f"{name}_FILE" for name in _SECRETS)}
+    """Whose variables they are not, they shall not see."""
+    hidden = {*SECRETS, *(f"{name}_FILE" for name in SECRETS)}
     kept = {name: value for name, value in settings.environment.items() if name not in hidden}
     return {**kept, "PYTHONUNBUFFERED": "1"}
 
@@ -36,15 +33,17 @@ def gateway_environment(settings: LocalSettings, secrets: bool = True) -> dict[s
         "GATEWAY_HOST": "127.0.0.1",
         "GATEWAY_PORT": str(ports.gateway),
         "VLLM_URL": f"http://127.0.0.1:{ports.vllm}",
-        "DATABASE_URL": f"sqlite:///{places.gateway_data / 'gateway.sqlite3'}",
         "GPU_EXPORTER_URL": f"http://127.0.0.1:{ports.gpu_exporter}",
     }
+    given = _given(settings, "GATEWAY_API_KEYS", "DATABASE_URL", "BACKENDS")
+    if not {"DATABASE_URL", "DATABASE_URL_FILE"} & set(given):
+        ours["DATABASE_URL"] = f"sqlite:///{places.gateway_data / 'gateway.sqlite3'}"
     if secrets:
         ours |= {
             "VLLM_API_KEY_FILE": str(places.gateway_secrets / "vllm_api_key"),
             "GATEWAY_ADMIN_KEY_FILE": str(places.gateway_secrets / "gateway_admin_key"),
         }
-    return {**_without_secrets(settings), **ours, **_given(settings, "GATEWAY_API_KEYS", "DATABASE_URL", "BACKENDS")}
+    return {**_without_secrets(settings), **ours, **given}
 
 
 def engine_environment(settings: LocalSettings) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from services.init import certificate
 
-from . import machine
+from . import machine, variables
 from .machine import Docker
 from .places import ROOT, program
 from .settings import LocalSettings
@@ -36,7 +36,7 @@ def local(settings: LocalSettings) -> list[str]:
 
 def compose(mode: str, environment: Mapping[str, str], docker: Docker, own: Path, running: bool) -> list[str]:
     """The same for the forms with Docker; `running`: our own containers hold the ports already."""
-    problems = own_certificate(own)
+    problems = variables.not_for_containers(environment) + own_certificate(own)
     if not running:
         published = {"HTTPS_PORT": 443, "HTTP_PORT": 80, "GRAFANA_PORT": 3000, "PROMETHEUS_PORT": 9090}
         published |= {"ALERTMANAGER_PORT": 9093, "JAEGER_PORT": 16686, "LOKI_PORT": 3100}

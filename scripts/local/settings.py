@@ -11,6 +11,8 @@ from services.init import settings as edge_settings
 
 from .places import ROOT, Places, places
 
+# What we need ourselves of what may be given as a file; the gateway reads its own.
+READ_HERE = ("VLLM_API_KEY", "GATEWAY_ADMIN_KEY", "HF_TOKEN")
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -87,6 +89,15 @@ def read(environment: Mapping[str, str]) -> LocalSettings:
     if not seconds.isdecimal() or int(seconds) < 1:
         problems.append(f"UP_SECONDS: {seconds!r} is not a number of seconds")
         seconds = "1800"
+    given = dict(environment)
+    for name in READ_HERE:
+        if path := given.pop(f"{name}_FILE", "").strip():
+            try:
+                given[name] = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as bad:
+                problems.append(
+                    f"{name}_FILE: cannot read {path}: {getattr(bad, 'strerror', None) or 'it is not text'}"
+                )
     if problems:
         raise edge_settings.SettingsError(problems)
     certificates = environment.get("CERTIFICATES_DIR", "").strip()
@@ -98,5 +109,5 @@ def read(environment: Mapping[str, str]) -> LocalSettings:
         own_certificate=(ROOT / os.path.expanduser(certificates or "certificates")).absolute(),
         edge_address=environment.get("EDGE_ADDRESS", "").strip() or "0.0.0.0",
         start_seconds=float(seconds),
-        environment=dict(environment),
+        environment=given,
     )

@@ -66,6 +66,12 @@ class Keeper:
         self.plan = plan
         self.file = Path(plan.state, "run", f"{name}.json")
         self.logs = Path(plan.state, "logs")
+        # What is written for this plan and for no other: another supervisor has the same folder.
+        self.written = [
+            self.logs / f"{one}.log" for one in (*(each.name for each in plan.services), f"{name}-supervisor")
+        ]
+        if plan.edge is not None:
+            self.written.append(Path(plan.edge["edge"]["access_log"]))
         self.stopping = asyncio.Event()
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.restarts = dict.fromkeys((service.name for service in plan.services), 0)
@@ -132,10 +138,11 @@ class Keeper:
 
     async def watch(self) -> None:
         """Take over a changed certificate, keep logs bounded."""
+        told = ""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            for service in self.plan.services:
-                _bound(self.logs / f"{service.name}.log")
+            for log in self.written:
+                _bound(log)
             nginx = self.processes.get("nginx")
             if self.plan.edge is None or nginx is None:
                 continue
@@ -143,8 +150,11 @@ class Keeper:
                 changed = await asyncio.to_thread(edge_local.refresh, **self.plan.edge)
             except Exception as problem:
                 # Whatever is wrong with a user's file: what runs goes on.
-                print(json.dumps({"event": "certificate_refused", "problem": str(problem)}), flush=True)
+                if str(problem) != told:  # say it once, not every few seconds
+                    told = str(problem)
+                    print(json.dumps({"event": "certificate_refused", "problem": told}), flush=True)
                 continue
+            told = ""
             if changed and nginx.returncode is None:
                 nginx.send_signal(signal.SIGHUP)
 

@@ -14,6 +14,11 @@ _LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 _OTHERS = re.compile(
     r"(HTTP|HTTPS|NO|ALL)_PROXY|(COMPOSE|DOCKER|PIP|UV|HF|VLLM|NCCL|TORCH|OMP|CUDA|NVIDIA|OTEL|GF)_[A-Z0-9_]+|TZ|PYTHON"
 )
+# Each can also be given as NAME_FILE, to a process of this machine.
+SECRETS = (
+    "GATEWAY_API_KEYS", "GATEWAY_ADMIN_KEY", "VLLM_API_KEY", "DATABASE_URL", "BACKENDS", "HF_TOKEN",
+    "GRAFANA_ADMIN_PASSWORD", "ALERT_SMTP_PASSWORD", "ALERT_SLACK_URL", "ALERT_WEBHOOK_URL", "ALERT_HEARTBEAT_URL",
+)  # fmt: skip
 # A misspelt name in the environment of a shell is only ours to judge when it begins like one of ours.
 _OURS = ("EDGE_", "APPLIANCE_", "GATEWAY_", "LETSENCRYPT_", "ENGINE_", "PROMETHEUS_", "GRAFANA_")
 
@@ -72,7 +77,7 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> dict[str, 
     merged = {**given, **environment}
     problems += [
         f"{name} and {name}_FILE are both set: keep one"
-        for name in sorted(names)
+        for name in sorted(SECRETS)
         if merged.get(name, "").strip() and merged.get(f"{name}_FILE", "").strip()
     ]
     if problems:
@@ -80,8 +85,17 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> dict[str, 
     return merged
 
 
+def not_for_containers(environment: Mapping[str, str]) -> list[str]:
+    """What Compose would not pass on: the service would silently run with its default instead of what the file says."""
+    return [
+        f"{name}_FILE: a container does not see this file; give {name} itself (in .env, with chmod 600 .env)"
+        for name in SECRETS
+        if environment.get(f"{name}_FILE", "").strip()
+    ]
+
+
 def _is_known(name: str, names: set[str]) -> bool:
-    return name in names or name.removesuffix("_FILE") in names or _OTHERS.fullmatch(name) is not None
+    return name in names or name.removesuffix("_FILE") in SECRETS or _OTHERS.fullmatch(name) is not None
 
 
 def _unknown(name: str, origin: str, names: set[str]) -> str:

@@ -169,6 +169,87 @@ def test_who_reads_secrets_later_than_they_were_written_has_them(tmp_path: Path)
     assert told() == "current"
 
 
+def recreated(environment: dict[str, str]) -> list[str]:
+    """The services that were made anew because of their files, call by call."""
+    mark = "compose up --detach --no-deps --force-recreate "
+    return [line.removeprefix(mark) for line in calls(environment) if line.startswith(mark)]
+
+
+def test_a_changed_configuration_file_reaches_the_service_that_runs(environment: dict[str, str]) -> None:
+    """Compose compares definitions, not the files in mounted folders: it would leave the old rules in effect."""
+    double = Path(environment["DOCKER_DOUBLE"])
+    everything = [container(name) for name in ("gateway", "nginx", "vllm", "loki", "prometheus")]
+    (double / "ps").write_text("\n".join([*everything, container("promtail", "exited", "")]))
+    assert verb(environment, "monitoring", "up").returncode == 0
+    assert recreated(environment) == [], "what does not run reads its files when it starts"
+    assert verb(environment, "monitoring", "up").returncode == 0
+    assert recreated(environment) == [], "nothing changed"
+    note = Path(environment["APPLIANCE_STATE"], "mounted.json")
+    told = json.loads(note.read_text())
+    assert "nginx" not in told, "nothing was started that reads it"
+    note.write_text(json.dumps({**told, "prometheus": "of other rules", "promtail": "of another file"}))
+    (double / "fail").write_text("--force-recreate")
+    assert verb(environment, "monitoring", "up").returncode == 1
+    assert json.loads(note.read_text())["prometheus"] == "of other rules", "it still has to be done"
+    (double / "fail").unlink()
+    assert verb(environment, "monitoring", "up").returncode == 0
+    assert recreated(environment) == ["prometheus", "prometheus"]
+    assert json.loads(note.read_text()) == told
+
+
+def test_up_takes_changed_files_over_also_where_no_note_says_what_runs(environment: dict[str, str]) -> None:
+    double = Path(environment["DOCKER_DOUBLE"])
+    (double / "files").write_text(f"{ROOT / 'compose.yaml'},{ROOT / 'compose.cpu.yaml'}\n")
+    (double / "ps").write_text("\n".join(container(name) for name in ("gateway", "nginx", "vllm", "loki")))
+    assert verb(environment, "up").returncode == 0
+    assert recreated(environment) == ["loki nginx"]
+    assert verb(environment, "up").returncode == 0
+    assert recreated(environment) == ["loki nginx"]
+
+
+@pytest.mark.parametrize("name", ["up", "preflight"])
+def test_a_secret_in_a_file_that_no_container_would_see_is_refused(environment: dict[str, str], name: str) -> None:
+    """Unread, `DATABASE_URL_FILE` would mean SQLite, and the token of a gated model none."""
+    done = verb({**environment, "DATABASE_URL_FILE": "/etc/database", "HF_TOKEN_FILE": "/etc/token"}, name)
+    assert done.returncode == 2
+    for variable in ("DATABASE_URL", "HF_TOKEN"):
+        assert f"{name}: {variable}_FILE: a container does not see this file; give {variable} itself" in done.stderr
+    assert calls(environment) == []
+
+
+def test_a_load_test_finds_the_appliance_that_runs(environment: dict[str, str]) -> None:
+    """Its URL and its certificate as it is now, also where it was started by hand."""
+    double, state = Path(environment["DOCKER_DOUBLE"]), Path(environment["APPLIANCE_STATE"])
+    (double / "files").write_text(f"{ROOT / 'compose.yaml'}\n")
+
+    def where(environment: dict[str, str]) -> str:
+        argv = [ROOT / ".venv/bin/python", "-m", "scripts.local", "where", "edge"]
+        return subprocess.run(argv, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+    assert where(environment) == f"https://127.0.0.1:{environment['HTTPS_PORT']}\n{state / 'certificate.pem'}\n"
+    assert (state / "certificate.pem").read_bytes() == (double / "certificate.pem").read_bytes()
+    plain = {name: value for name, value in environment.items() if name != "HTTPS_PORT"}
+    assert where(plain).startswith("https://127.0.0.1\n"), "what compose.yaml publishes"
+    named = {**plain, "APPLIANCE_HOSTS": "llm.example.com", "LETSENCRYPT_EMAIL": "a@example.com"}
+    assert where(named) == "https://llm.example.com\n\n", "everybody trusts that one"
+    local = {**plain, "MODE": "local"}
+    (state / "edge-certificates").mkdir()
+    (state / "certificate.pem").rename(state / "edge-certificates/fullchain.pem")
+    assert where(local) == f"https://127.0.0.1:8443\n{state / 'edge-certificates/fullchain.pem'}\n"
+
+
+def test_a_load_test_where_none_is_found_says_so(environment: dict[str, str]) -> None:
+    (Path(environment["DOCKER_DOUBLE"]) / "files").write_text(f"{ROOT / 'compose.yaml'}\n")
+    (Path(environment["DOCKER_DOUBLE"]) / "fail").write_text("compose cp")
+    argv = [ROOT / ".venv/bin/python", ROOT / "scripts/loadtest.d/run.py"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "loadtest: the certificate cannot be copied: the double fails at compose cp (make status)"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 def test_monitoring_alone(environment: dict[str, str]) -> None:
     assert verb(environment, "monitoring", "up").returncode == 0
     [line] = calls(environment)

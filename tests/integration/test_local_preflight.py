@@ -43,6 +43,7 @@ def refused(environment: dict[str, str], *words: str, verb: str = "up", code: in
 
 
 def test_a_good_environment_passes(environment: dict[str, str]) -> None:
+    environment |= {"GATEWAY_MEMORY": "4g"}  # means nothing here, and is no mistake
     done = subprocess.run([ROOT / "scripts/preflight"], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "nothing stands in the way" in done.stdout
@@ -68,6 +69,9 @@ def test_a_port_in_use_names_the_variable_and_the_program(environment: dict[str,
         ({"LETSENCRYPT_EMAIL": "a@example.com", "APPLIANCE_HOSTS": "a.test"}, "local mode cannot ask Let's Encrypt"),
         ({"UP_SECONDS": "soon"}, "UP_SECONDS"),
         ({"VLLM_API_KEY": "a", "VLLM_API_KEY_FILE": "/b"}, "are both set"),
+        ({"HF_TOKEN_FILE": "/no/such/file"}, "HF_TOKEN_FILE: cannot read /no/such/file: No such file"),
+        ({"DATABASE_URL_FILE": "/no/such/file"}, "DATABASE_URL_FILE: cannot read /no/such/file: No such file"),
+        ({"GATEWAY_PORT_FILE": "/b"}, "GATEWAY_PORT_FILE in the environment is not known"),
         ({"MODEL_NAME": "/no/such/folder"}, "no model in that folder"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from scripts.local import running, start
+from scripts.local import running, start, supervisor
 from scripts.local.places import Places
-from scripts.local.supervisor import Plan, Service
+from scripts.local.supervisor import Keeper, Plan, Service
 from tests.doubles.ports import accepts, free_ports
-from tests.doubles.waiting import wait_until
+from tests.doubles.waiting import until, wait_until
 
 LISTEN = """
 import signal, socket, subprocess, sys, time
@@ -144,6 +146,63 @@ def test_a_service_that_cannot_start_waits_longer_each_time(places: Places) -> N
 
     found = wait_until("two restarts", three_times)
     assert found.last_exit("broken") == 7
+
+
+class Quiet:
+    """A process that runs and may be told to read its files again."""
+
+    returncode = None
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+async def test_every_log_that_is_written_for_a_plan_is_bounded_and_no_other(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LOG_BYTES", 1000)
+    monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.01)
+    edge = {"edge": {"access_log": str(places.logs / "edge-access.log")}}
+    keeper = Keeper("appliance", Plan(str(places.state), [service("gateway", 1)], edge))
+    ours = [places.logs / f"{name}.log" for name in ("gateway", "appliance-supervisor", "edge-access")]
+    other = (
+        places.logs / "monitoring-supervisor.log"
+    )  # has a supervisor of its own: two would cut it off under each other
+    for log in (*ours, other):
+        log.write_text("a line\n" * 1000)
+    watching = asyncio.create_task(keeper.watch())
+    await until("all are short", lambda: all(log.stat().st_size == 0 for log in ours))
+    watching.cancel()
+    assert {log.with_name(f"{log.name}.1").read_text() for log in ours} == {"a line\n" * 1000}
+    assert other.stat().st_size == 7000
+
+
+async def test_a_certificate_that_stays_bad_is_told_once(
+    places: Places, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.001)
+    answers = ["bad key"] * 20 + ["expired"] * 20 + [True, False] + ["expired"] * 20
+
+    def refresh(**_: object) -> bool:
+        answer = answers.pop(0) if answers else "expired"
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return answer
+
+    monkeypatch.setattr(supervisor.edge_local, "refresh", refresh)
+    edge = {"edge": {"access_log": str(places.logs / "edge-access.log")}}
+    keeper = Keeper("appliance", Plan(str(places.state), [], edge))
+    nginx = Quiet()
+    keeper.processes["nginx"] = nginx  # type: ignore[assignment]
+    watching = asyncio.create_task(keeper.watch())
+    await until("all answers were given", lambda: not answers)
+    watching.cancel()
+    told = [json.loads(line)["problem"] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["bad key", "expired", "expired"], "each problem once, and again after it was gone"
+    assert nginx.signals == [signal.SIGHUP]
 
 
 def test_no_secret_of_an_environment_is_written_down(places: Places) -> None:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from scripts.local import running, settings
 from scripts.local.places import ROOT, Places
+from scripts.local.supervisor import LOG_BYTES
 from services.init import certificate
 from tests.doubles.edge_running import needs_nginx
 from tests.doubles.ports import accepts, free_ports
@@ -142,8 +143,17 @@ def test_nothing_on_the_whole_path_holds_a_chunk_back(environment: dict[str, str
 
 
 def test_what_dies_comes_back_and_a_certificate_is_taken_over(environment: dict[str, str], tmp_path: Path) -> None:
-    key = re.findall(r"shown this once: {2}(\S+)", up(environment))[0]
     place = Places(tmp_path / "state")
+    place.logs.mkdir(parents=True)
+    full = [place.logs / f"{name}.log" for name in ("edge-access", "appliance-supervisor", "gateway")]
+    for log in full:
+        log.touch()
+        os.truncate(log, LOG_BYTES + 1)
+    key = re.findall(r"shown this once: {2}(\S+)", up(environment))[0]
+    wait_until("full logs begin anew", lambda: all(log.stat().st_size < LOG_BYTES for log in full))
+    with client(environment, key) as through:
+        chat(through)
+    wait_until("nginx goes on at the new end", lambda: (place.logs / "edge-access.log").read_bytes().startswith(b"{"))
     for name in ("gateway", "nginx"):
 
         def alive(name: str = name) -> psutil.Process | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from scripts.local import example
+from scripts.local import example, mounted
+from scripts.local.places import Places
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,6 +151,35 @@ def test_what_the_filter_lets_through(path: str, allowed: bool) -> None:
     words = SERVICES["docker-socket-proxy"]["command"]
     patterns = [word.removeprefix("-allowGET=") for word in words if word.startswith("-allowGET=")]
     assert any(re.fullmatch(pattern, path) for pattern in patterns) == allowed
+
+
+def test_every_mounted_file_of_ours_is_watched_for_changes() -> None:
+    read = {
+        name: tuple(mount.split(":")[0].removeprefix("./") for mount in service.get("volumes", []) if mount[:2] == "./")
+        for name, service in SERVICES.items()
+    }
+    assert {name: paths for name, paths in read.items() if paths} == mounted.READ_BY
+
+
+def test_a_file_that_is_changed_added_or_removed_is_told(tmp_path: Path) -> None:
+    for folder in {path.split("/")[0] for paths in mounted.READ_BY.values() for path in paths}:
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    where = Places(tmp_path / "state")
+    assert mounted.stale(where, mounted.digests(tmp_path)) == set(mounted.READ_BY)
+
+    def told(path: str, text: str | None) -> set[str]:
+        mounted.note(where, mounted.digests(tmp_path))
+        assert mounted.stale(where, mounted.digests(tmp_path)) == set()
+        (tmp_path / path).unlink() if text is None else (tmp_path / path).write_text(text)
+        return mounted.stale(where, mounted.digests(tmp_path))
+
+    assert told("prometheus/rules/own.yml", "groups: []\n") == {"prometheus"}
+    assert told("prometheus/rules/own.yml", "groups:\n") == {"prometheus"}
+    assert told("prometheus/rules/own.yml", None) == {"prometheus"}
+    assert told("loki/loki.yml", "x") == {"loki"}
+    assert told("nginx/start.sh", "#!/bin/sh\n") == {"nginx"}
+    assert told("grafana/provisioning/datasources/own.yml", "x") == {"grafana"}
+    assert told("nginx/nginx.conf.in", "x") == set(), "`init` reads that"
 
 
 def test_running_calls_may_end_before_docker_kills() -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripts.daytwo import settings
-from scripts.local import mode, variables
+from scripts.local import example, mode, plan, start, variables
+from scripts.local import settings as local_settings
 from scripts.local.machine import Docker
+
+import engine.settings
+import gateway.settings
+import gpu_exporter.settings
 
 GOOD = Docker(True, None, False, (2, 40), True, "/var/lib/docker")
 NO_NVIDIA = Docker(True, None, False, (2, 40), False, "/var/lib/docker")
@@ -97,6 +104,38 @@ def test_unknown_and_contradictory_names_are_told_all_at_once(tmp_path: Path) ->
     assert "did you mean GATEWAY_ADMIN_KEY?" in text
     assert "VLLM_API_KEY and VLLM_API_KEY_FILE are both set" in text
     assert len(bad.value.problems) == 4
+
+
+@pytest.mark.parametrize("name", variables.SECRETS)
+def test_a_secret_in_a_file_is_for_processes_and_not_for_containers(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of-the-file\n")
+    given = {f"{name}_FILE": str(tmp_path / "secret"), "APPLIANCE_STATE": str(tmp_path / "state")}
+    assert variables.load(given, tmp_path / ".env") == given
+    assert [line.split(":")[0] for line in variables.not_for_containers(given)] == [f"{name}_FILE"]
+    assert variables.not_for_containers({name: "x", f"{name}_FILE": " "}) == []
+    local = local_settings.read(given)
+    assert {name, f"{name}_FILE"} & set(plan.engine_environment(local)) <= {"VLLM_API_KEY_FILE"}
+    if name in ("GATEWAY_API_KEYS", "DATABASE_URL", "BACKENDS"):
+        theirs = plan.gateway_environment(local)
+        assert (theirs.get(name), theirs[f"{name}_FILE"]) == (None, given[f"{name}_FILE"])
+    elif name in local_settings.READ_HERE:
+        assert local.environment[name] == "of-the-file"
+        start.prepare(local)
+        kept = {path.name: path.read_text() for path in (tmp_path / "state").glob("*-secrets/*")}
+        assert kept.get(name.lower(), "of-the-file") == "of-the-file"
+
+
+@pytest.mark.parametrize(
+    "service", [gateway.settings, engine.settings, gpu_exporter.settings], ids=lambda one: one.__name__
+)
+def test_every_line_of_the_example_may_be_given_to_every_program(service: ModuleType, tmp_path: Path) -> None:
+    """In local mode they share one environment, so each must leave the others' and Compose's own variables alone."""
+    lines = re.findall(r"^#? ?([A-Z][A-Z0-9_]*=.*)$", example.EXAMPLE.read_text(), re.MULTILINE)
+    (tmp_path / ".env").write_text("\n".join(lines))
+    given = variables.load({}, tmp_path / ".env")
+    assert set(given) == variables.known()
+    local_settings.read(given)
+    service.load(given)
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -138,6 +139,23 @@ def test_what_make_hosts_writes_is_what_the_engine_reads(tmp_path: Path) -> None
     again = hosts(tmp_path, **given)
     assert again.returncode == 0
     assert (folder / "ray_token").read_text().strip() == token  # machines that have it stay in
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_make_hosts_names_a_file_of_variables_only_if_it_is_there(tmp_path: Path, own: bool) -> None:
+    """Compose ends with "couldn't find env file" at one that is not."""
+    (tmp_path / "scripts").mkdir()
+    script = shutil.copy(ROOT / "scripts" / "hosts", tmp_path / "scripts")
+    if own:
+        (tmp_path / ".env").write_text("MODEL_NAME=x\n")
+    given = {"HEAD": "10.20.0.11", "WORKER": "10.20.0.12", "SUBNET": "10.20.0.0/24", "INTERFACE": "eth1"}
+    environment = {"PATH": os.environ["PATH"], "TO": str(tmp_path / "hosts"), **given}
+    done = subprocess.run([script], env=environment, check=True, capture_output=True, text=True)
+    commands = [line.split() for line in done.stdout.splitlines() if line.startswith("  docker compose ")]
+    named = [[words[at + 1] for at, word in enumerate(words) if word == "--env-file"] for words in commands]
+    first = [".env"] if own else []
+    assert named == [[*first, f"{tmp_path}/hosts/head.env"], [*first, ".state/hosts/worker-1.env"]]
+    assert ("with the same .env" in done.stdout) == own
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_axes_hold_their_values() -> None:
         ({"API_KEY": "sk-00000000", "URL": "http://127.0.0.1:9"}, "does not answer"),
         ({"URL": "http://127.0.0.1:9", "API_KEY": "k", "CA_FILE": "/missing.pem"}, "CA_FILE"),
         ({"URL": "http://127.0.0.1:9"}, "API_KEY is not set"),
-        ({"HTTPS_PORT": "9"}, "does not answer"),
+        ({"HTTPS_PORT": "9"}, "no appliance found: `make up` starts one"),
     ],
 )
 def test_what_cannot_begin_says_why_in_one_line(tmp_path: Path, variables: dict[str, str], said: str) -> None:
@@ -158,6 +158,21 @@ def test_what_cannot_begin_says_why_in_one_line(tmp_path: Path, variables: dict[
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "loadtest").exists(), "nothing is left half-started"
+
+
+def test_the_key_is_no_argument_that_others_could_read(tmp_path: Path) -> None:
+    """The generator finds it among its arguments, `ps` does not."""
+    (tmp_path / "aiperf").mkdir()
+    (tmp_path / "aiperf/cli.py").write_text(
+        "import os, sys\n"
+        "def app():\n"
+        "    shown = open('/proc/self/cmdline').read()\n"
+        "    print(sys.argv[1:], 'sk-of-the-run' in shown, 'LOADTEST_KEY' in os.environ)\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "LOADTEST_KEY": "sk-of-the-run"}
+    argv = [sys.executable, str(ROOT / "scripts/loadtest.d/generator.py"), "profile"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "['profile', '--api-key', 'sk-of-the-run'] False False\n"
 
 
 def test_the_prompts_ship_with_the_project() -> None:

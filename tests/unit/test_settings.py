@@ -36,6 +36,7 @@ def test_all_problems_are_told_at_once_with_their_names():
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
     assert problems(GATEWAY_HSOT="x") == ["GATEWAY_HSOT: no such setting; did you mean GATEWAY_HOST?"]
+    load({"GATEWAY_MEMORY": "4g"})  # Compose's own
 
 
 @pytest.mark.parametrize(("name", "meant"), [("VLLM_ULR", "VLLM_URL"), ("VLLM_APIKEY", "VLLM_API_KEY")])

@@ -272,6 +272,7 @@ def _without_secrets(url: str) -> str:
 
 
 PLACEHOLDERS = frozenset(("changeme", "change-me", "change_me", "secret", "supersecret", "password", "your-key-here"))
+FOREIGN = frozenset({"GATEWAY_MEMORY"})  # Compose's own, read from the same environment
 SECRETS = ("vllm_api_key", "gateway_api_keys", "gateway_admin_key", "database_url", "backends")
 
 
@@ -343,7 +344,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         near = difflib.get_close_matches(variable, ours, n=1, cutoff=0.8) if variable.startswith("VLLM_") else []
         if near and variable not in known:
             problems.append(f"{variable}: no such setting; did you mean {near[0]}?")
-        if variable.startswith("GATEWAY_") and variable not in known:
+        if variable.startswith("GATEWAY_") and variable not in known | FOREIGN:
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             problems.append(f"{variable}: no such setting{hint}")
