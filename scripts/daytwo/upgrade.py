@@ -28,6 +28,8 @@ from scripts.daytwo.place import (
     told,
 )
 from scripts.daytwo.settings import REPOSITORY, models_folder, own_certificate, setting
+from scripts.local import mounted
+from scripts.local.places import Places
 
 DEPLOYED = STATE / "deployed.json"
 UPGRADES = STATE / "upgrades"
@@ -115,7 +117,14 @@ def forget_old(place: ComposePlace) -> None:
 def forward(place: ComposePlace, files: list[str], services: list[str]) -> None:
     """Builds this checkout and replaces what runs by it. Raises `PlaceError` when it does not become healthy."""
     compose(place, REPOSITORY, files, "build", "--quiet", *services)
-    compose(place, REPOSITORY, files, "up", "--detach", "--no-build", *services)
+    up = ("up", "--detach", "--no-build")
+    read_now = {name: digest for name, digest in mounted.digests(REPOSITORY).items() if name in services}
+    # Compose sees no change in a folder that it mounts: rules and configurations of before would go on.
+    outdated = sorted(mounted.stale(Places(STATE), read_now) & set(place.running()))
+    if outdated:
+        compose(place, REPOSITORY, files, *up, "--no-deps", "--force-recreate", *outdated)
+    compose(place, REPOSITORY, files, *up, *services)
+    mounted.note(Places(STATE), read_now)
     verify(place)
 
 

@@ -1,11 +1,13 @@
 """`make upgrade` and its way back, from Docker's side: whose files are used, what is kept."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from tests.doubles.daytwo_site import Site, container
+from scripts.local import mounted
+from tests.doubles.daytwo_site import REPOSITORY, Site, container
 
 BEFORE = "20260101T000000Z"
 
@@ -106,3 +108,22 @@ def test_uninstall_leaves_no_names_of_images(site: Site) -> None:
     assert told.endswith("status 0"), told
     assert site.told("images.json") == {}
     assert not (site.state / "upgrades").exists()
+
+
+def test_changed_rules_and_configurations_are_taken_up(site: Site) -> None:
+    """Compose compares definitions, not the files in mounted folders."""
+    for name in ("prometheus", "loki"):
+        shutil.copytree(REPOSITORY / name, site.checkout / name)
+    site.has("containers.json", [container(name) for name in ("gateway", "vllm", "prometheus", "loki")])
+    read = mounted.digests(site.checkout)
+    (site.state / "mounted.json").write_text(json.dumps(read))
+    rules = site.checkout / "prometheus" / "rules" / "gpu.yml"
+    rules.write_text(rules.read_text() + "\n")
+    released(site)
+    told = site.verb("upgrade", PREVIOUS="v1")
+    assert told.endswith("status 0"), told
+    ups = [call["words"] for call in site.calls() if "up" in call["words"]]
+    assert [words[words.index("--force-recreate") + 1 :] for words in ups if "--force-recreate" in words] == [
+        ["prometheus"]
+    ]
+    assert json.loads((site.state / "mounted.json").read_text())["prometheus"] != read["prometheus"]

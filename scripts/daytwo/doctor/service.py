@@ -14,6 +14,7 @@ from pathlib import Path
 from scripts.daytwo.doctor.finding import Finding, note, ok, wrong
 from scripts.daytwo.doctor.situation import Situation
 from scripts.daytwo.place import restarts, run, service_of
+from scripts.local import variables
 
 SECRET_FOLDERS = ("gateway-secrets", "engine-secrets", "grafana-secrets")
 SECRET_NAMES = ("KEY", "TOKEN", "PASSWORD", "SECRET")
@@ -38,6 +39,8 @@ def settings(situation: Situation) -> Iterator[Finding]:
     if situation.unread:
         mend = f"make it readable for {getpass.getuser()}, or run this as its owner"
         yield wrong("settings", f"{situation.repository / '.env'} cannot be read: {situation.unread}", mend)
+    for line in [] if situation.local else variables.not_for_containers(situation.settings):
+        yield wrong("settings", line, "correct .env")
     program = Path(sys.executable).with_name("gateway")
     if not program.exists():
         yield note("settings", "not checked: the Python environment is missing", "make setup")
