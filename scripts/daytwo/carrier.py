@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 MAGIC = b"SQLite format 3\x00"
 SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -45,7 +46,7 @@ def copy_database(source: Path, target: Path) -> None:
         origin.close()
 
 
-def export(folders: dict[str, Path], stream) -> None:
+def export(folders: dict[str, Path], stream: BinaryIO) -> None:
     """Writes every file below the folders, with owner and mode, as NAME/relative/path. Raises `OSError`."""
     with tarfile.open(fileobj=stream, mode="w|") as archive, tempfile.TemporaryDirectory() as scratch:
         for name, folder in folders.items():
@@ -73,7 +74,7 @@ def export(folders: dict[str, Path], stream) -> None:
                 copy.unlink(missing_ok=True)
 
 
-def replace(folders: dict[str, Path], stream) -> None:
+def replace(folders: dict[str, Path], stream: BinaryIO) -> None:
     """Makes each folder that the stream carries hold exactly what the stream holds for it.
 
     Everything is unpacked beside the old content first; only a complete stream replaces anything.
