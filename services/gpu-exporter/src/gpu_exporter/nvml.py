@@ -126,16 +126,22 @@ class Nvml:
         except pynvml.NVMLError as error:
             self._ask.classify(set(), None, self._ask.last_call, error)
             raise Unreadable("failing") from error
-        known = self._devices.get(uuid)
-        if known and known.identity.index == index:
-            return known
-        self._devices = {other: old for other, old in self._devices.items() if old.identity.index != index}
-        device = self._devices[uuid] = MonitoredDevice(handle, Identity(index, uuid))
+        device = self._devices.get(uuid)
+        if device is None or device.identity.index != index:
+            self._devices = {other: old for other, old in self._devices.items() if old.identity.index != index}
+            device = self._devices[uuid] = MonitoredDevice(handle, Identity(index, uuid))
+        if not device.identified:
+            troubles = self._ask.troubles()
+            device.identity = self._identity(device)
+            device.identified = self._ask.troubles() == troubles
+        return device
+
+    def _identity(self, device: Device) -> Identity:
         capability = self._ask.optional(device, "nvmlDeviceGetCudaComputeCapability")
         pci = self._ask.optional(device, "nvmlDeviceGetPciInfo_v3")
-        device.identity = Identity(
-            index,
-            uuid,
+        return Identity(
+            device.identity.index,
+            device.identity.uuid,
             name=self._ask.optional(device, "nvmlDeviceGetName") or "",
             pci_bus_id=pci.busId if pci else "",
             serial=self._ask.optional(device, "nvmlDeviceGetSerial") or "",
@@ -144,7 +150,6 @@ class Nvml:
             compute_capability=".".join(map(str, capability)) if capability else "",
             minor_number=self._ask.optional(device, "nvmlDeviceGetMinorNumber"),
         )
-        return device
 
     def _known(self, index: int) -> Identity:
         for device in self._devices.values():
@@ -154,6 +159,7 @@ class Nvml:
 
     def _read(self, device: MonitoredDevice) -> Gpu:
         found: dict[str, list[Reading]] = {}
+        troubles = self._ask.troubles()
         mig_mode = self._ask.optional(device, "nvmlDeviceGetMigMode")
         enabled = bool(mig_mode and mig_mode[0])
         if device.mig_enabled is not None and enabled != device.mig_enabled:
@@ -189,6 +195,8 @@ class Nvml:
                     add(found, "pcie_throughput", kib * calls.KIB, direction)
         if self._processes:
             self._process_memory(device, found)
+        if not found and self._ask.troubles() > troubles:  # else it may be a GPU that supports nothing
+            raise Unreadable("failing")
         return Gpu(device.identity, found, self._mig(device) if enabled else ())
 
     def _memory(self, device: Device, handle: Any, found: dict[str, list[Reading]]) -> None:

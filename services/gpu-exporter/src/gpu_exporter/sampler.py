@@ -85,7 +85,7 @@ class Sampler:
         on_death: Callable[[], None],
     ) -> None:
         self._source, self._interval, self._retry, self._allowance = source, interval, retry, allowance
-        self._expected, self._names, self._hostname = expected, names, hostname
+        self._names, self._hostname = names, hostname
         self._on_access_lost, self._on_death = on_access_lost, on_death
         self._opened_once = False
         self._links: dict[str, tuple[float, float]] = {}  # uuid: (when, bytes over all links)
@@ -151,13 +151,16 @@ class Sampler:
         gpus = dict(before.gpus)
         for uuid, (index, _) in before.gpus.items():
             gpus[uuid] = (index, "gone")
-        known = {index: uuid for uuid, (index, _) in before.gpus.items()}
+        named = {gpu.identity.uuid for gpu in sample.gpus}
+        known = {index: uuid for uuid, (index, _) in before.gpus.items() if uuid not in named}
+        unnamed: dict[int, str] = {}
         for gpu in sample.gpus:
-            # A new probe does not know who a GPU is that it must not touch; we do.
-            uuid = gpu.identity.uuid or known.get(gpu.identity.index, "")
-            if uuid:
+            # A new probe does not know who a GPU is that it must not touch; we do, if it was ever read.
+            if uuid := gpu.identity.uuid or known.get(gpu.identity.index, ""):
                 gpus[uuid] = (gpu.identity.index, gpu.unreadable)
-        self._tell_changes(before, gpus)
+            else:
+                unnamed[gpu.identity.index] = gpu.unreadable
+        self._tell_changes(before, gpus, unnamed, len(sample.gpus))
         readable = [gpu for gpu in sample.gpus if not gpu.unreadable]
         now = time.time()
         health = self._health(
@@ -168,8 +171,9 @@ class Sampler:
             duration=took,
             calls=sample.calls,
             visible=len(readable),
-            expected=max(self._expected, len(gpus)),
+            expected=max(before.expected, len(gpus), len(sample.gpus)),
             gpus=gpus,
+            unnamed=unnamed,
             dcgm_labels={
                 **before.dcgm_labels,
                 **{gpu.identity.uuid: dcgm_labels(gpu, sample, self._hostname) for gpu in readable},
@@ -226,11 +230,16 @@ class Sampler:
         }
         return replace(before, **{**common, **changes})  # type: ignore[arg-type]  # fields of Health, checked by it
 
-    def _tell_changes(self, before: Health, gpus: Mapping[str, tuple[int, str]]) -> None:
-        if before.state != "ok" and gpus:
-            logger.info("collecting", gpus=len(gpus), after=before.state)
-        if before.state != "no_gpu" and not gpus:
+    def _tell_changes(
+        self, before: Health, gpus: Mapping[str, tuple[int, str]], unnamed: Mapping[int, str], listed: int
+    ) -> None:
+        if before.state != "ok" and listed:
+            logger.info("collecting", gpus=listed, after=before.state)
+        if before.state != "no_gpu" and not listed:
             logger.info("collect_failed", state="no_gpu", advice=ADVICE["no_gpu"])
+        for index, why in unnamed.items():
+            if why != before.unnamed.get(index):
+                logger.error("gpu_unreadable", uuid="", gpu=index, reason=why)
         for uuid, (index, why) in gpus.items():
             _, previously = before.gpus.get(uuid, (index, "new"))
             if why and why != previously:
