@@ -189,11 +189,11 @@ def _dcgm(sample: Sample, gpus: list[Gpu], hostname: str) -> Iterable[Series]:
     owners = [(dcgm_labels(gpu, sample, hostname), gpu.readings) for gpu in gpus]
     shares = [
         (
-            dcgm_labels(gpu, sample, hostname, (("GPU_I_PROFILE", mig.profile), ("GPU_I_ID", mig.gpu_instance))),
+            dcgm_labels(gpu, sample, hostname, (("GPU_I_PROFILE", mig.gpu_profile), ("GPU_I_ID", mig.gpu_instance))),
             mig.readings,
         )
         for gpu in gpus
-        for mig in gpu.mig
+        for mig in _gpu_instances(gpu)
     ]
     for item in FIELDS:
         rows = [
@@ -203,6 +203,14 @@ def _dcgm(sample: Sample, gpus: list[Gpu], hostname: str) -> Iterable[Series]:
             if tuple(extra) == item.labels
         ]
         yield Series(item.name, item.kind, item.help, rows)
+
+
+def _gpu_instances(gpu: Gpu) -> Iterable[MigInstance]:
+    """One MIG device for each GPU instance: DCGM's labels do not tell those apart that share one."""
+    first: dict[str, MigInstance] = {}
+    for mig in gpu.mig:
+        first.setdefault(mig.gpu_instance, mig)
+    return first.values()
 
 
 def dcgm_labels(gpu: Gpu, sample: Sample, hostname: str, extra: Iterable[tuple[str, str]] = ()) -> str:

@@ -164,6 +164,7 @@ class Nvml:
         enabled = bool(mig_mode and mig_mode[0])
         if device.mig_enabled is not None and enabled != device.mig_enabled:
             device.unsupported.clear()  # MIG mode changes what a GPU supports
+            device.forget_all_but(())
         device.mig_enabled = enabled
         if mig_mode:
             add(found, "mig_mode", mig_mode[0])
@@ -252,6 +253,7 @@ class Nvml:
 
     def _mig(self, device: MonitoredDevice) -> tuple[MigInstance, ...]:
         instances = []
+        active: dict[int, dict[str, list[Reading]]] = {}  # by GPU instance, which compute instances may share
         for index in range(self._ask.optional(device, "nvmlDeviceGetMaxMigDeviceCount") or 0):
             try:
                 handle = self._ask.call("nvmlDeviceGetMigDeviceHandleByIndex", device.handle, index)
@@ -265,9 +267,12 @@ class Nvml:
                 continue
             found: dict[str, list[Reading]] = {}
             self._memory(device, handle, found)
-            device.activity(self._ask, found, calls.MIG_PERFORMANCE, gpu_instance)
+            if gpu_instance not in active:
+                device.activity(self._ask, active.setdefault(gpu_instance, {}), calls.MIG_PERFORMANCE, gpu_instance)
+            found |= active[gpu_instance]
             profile = name.rpartition(" MIG ")[2]
             instances.append(MigInstance(uuid, str(gpu_instance), str(compute_instance), profile, found))
+        device.forget_all_but(active)
         return tuple(instances)
 
 
