@@ -30,8 +30,8 @@ class ScriptedProbe:
         self._hangs_at: int | None = None
         self._read, self._write = os.pipe()
         os.write(self._write, b"x")  # always readable
-        self._census = bool(options["census"])
-        self._messages: list[dict[str, Any]] = [] if machine.hangs_on_open or self._census else [{"opened": True}]
+        self.census, self.skip = bool(options["census"]), options.get("skip")
+        self._messages: list[dict[str, Any]] = [] if machine.hangs_on_open or self.census else [{"opened": True}]
 
     def fileno(self) -> int:
         return self._read
@@ -238,6 +238,15 @@ def test_looking_for_new_gpus_does_not_take_the_last_place(keeper: Keeper, machi
     assert keeper.stuck == MOST_STUCK - 1
     machine.killable = True
     assert len(keeper.sample(wake).gpus) == 3
+
+
+@pytest.mark.parametrize("discover", [30.0])
+def test_looking_for_new_gpus_leaves_out_those_that_hang(keeper: Keeper, machine: Machine, wake: int) -> None:
+    machine.hanging = {1}
+    assert readable(keeper, machine, wake, 20) == {0, 2}
+    machine.now += 30
+    keeper.idle(0.1, wake)
+    assert [probe.skip for probe in machine.probes if probe.census] == [[1]]
 
 
 def test_nonsense_on_the_pipe_is_a_failure(keeper: Keeper, machine: Machine, wake: int, monkeypatch: Any) -> None:

@@ -276,7 +276,8 @@ class Keeper:
                 self._census = None
         elif self._discover and self._probe and now >= self._next_census and self.stuck < MOST_STUCK - 1:
             self._next_census = now + self._discover
-            self._census = (self._start({**self._options, "census": True}), now + self._open_deadline)
+            options = {**self._options, "census": True, "skip": self._left_out()}
+            self._census = (self._start(options), now + self._open_deadline)
 
     def _finish_census(self) -> None:
         """A process of its own sees the GPUs of now; NVML in the probe knows those of its own start."""
