@@ -17,7 +17,8 @@ from loguru import logger
 
 from gpu_exporter.collector import Health, dcgm_labels, render_data
 from gpu_exporter.keeper import CollectFailed
-from gpu_exporter.readings import Gpu, Sample
+from gpu_exporter.links import LinkRates
+from gpu_exporter.readings import Sample
 
 # States by the error of the call that failed; anything else is `failed`.
 STATE_OF = {
@@ -88,7 +89,7 @@ class Sampler:
         self._names, self._hostname = names, hostname
         self._on_access_lost, self._on_death = on_access_lost, on_death
         self._opened_once = False
-        self._links: dict[str, tuple[float, float]] = {}  # uuid: (when, bytes over all links)
+        self._links = LinkRates()
         self._wake, self._waker = os.pipe()
         self.snapshot = Snapshot(Health(expected=expected, demo=demo))
         self.thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -147,7 +148,7 @@ class Sampler:
     def _publish(self, sample: Sample, took: float) -> None:
         self._opened_once = True
         before = self.snapshot.health
-        sample = self._with_link_rates(sample)
+        sample = self._links.added(sample)
         gpus = dict(before.gpus)
         for uuid, (index, _) in before.gpus.items():
             gpus[uuid] = (index, "gone")
@@ -248,21 +249,6 @@ class Sampler:
                 logger.info("gpu_found", uuid=uuid, gpu=index)
             elif not why and previously and previously != "no_sample":
                 logger.info("gpu_back", uuid=uuid, gpu=index, after=previously)
-
-    def _with_link_rates(self, sample: Sample) -> Sample:
-        """Add bytes a second over all NVLinks since the sample before, which DCGM's names need."""
-        now, gpus = time.monotonic(), []
-        for gpu in sample.gpus:
-            rows = [*gpu.readings.get("nvlink_transmitted", ()), *gpu.readings.get("nvlink_received", ())]
-            moved = sum(value for value, _ in rows)
-            then = self._links.get(gpu.identity.uuid)
-            if rows:
-                self._links[gpu.identity.uuid] = (now, moved)
-            if rows and then and now > then[0] and moved >= then[1]:
-                rate = (moved - then[1]) / (now - then[0])
-                gpu = Gpu(gpu.identity, {**gpu.readings, "nvlink_data_rate": ((rate, ()),)}, gpu.mig, gpu.unreadable)
-            gpus.append(gpu)
-        return replace(sample, gpus=tuple(gpus))
 
 
 def _added(before: Mapping[tuple[str, str], int], more: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
