@@ -115,6 +115,30 @@ def test_mig_devices_are_told_apart(library: Path, tmp_path: Path) -> None:
     compare(page, "h100-mig-both")
 
 
+def test_compute_instances_that_share_a_gpu_instance_are_measured_once(library: Path, tmp_path: Path) -> None:
+    scenario = Scenario(tmp_path, "h100")
+    second = {key.replace("mig0", "mig1"): value for key, value in MIG.items() if "mig0" in key}
+    scenario.change(**MIG)
+    calls = sampled(scenario, library).value("gpu_exporter_last_collect_calls") or 0
+    second |= {"_0__mig1__UUID": "MIG-0b6e2f52-0000-5000-8000-000000000003", "_0__mig1__ComputeInstanceId": "1"}
+    second |= {"_0__mig0__Name": "NVIDIA H100 MIG 1c.3g.40gb", "_0__mig1__Name": "NVIDIA H100 MIG 2c.3g.40gb"}
+    scenario.change(**second)
+    page = sampled(scenario, library, METRIC_NAMES="both")
+
+    for instance in ("0", "1"):
+        assert page.value("gpu_mig_sm_active_ratio", gpu_instance="1", compute_instance=instance) == 0.025
+    assert [s.labels["profile"] for s in page.samples if s.name == "gpu_mig_info"] == [
+        "1c.3g.40gb",
+        "2c.3g.40gb",
+        "1g.10gb",
+    ]
+    # DCGM's labels know the GPU instance only.
+    assert page.value("DCGM_FI_DEV_FB_USED", GPU_I_ID="1", GPU_I_PROFILE="3g.40gb") == 30609.2568359
+    assert page.value("DCGM_FI_PROF_SM_ACTIVE", GPU_I_ID="1") == 0.025
+    # Uuid, name, both ids and memory of the second; nothing of performance.
+    assert (page.value("gpu_exporter_last_collect_calls") or 0) - calls == 5
+
+
 def test_every_family_in_the_tables_is_filled_by_some_gpu(library: Path, tmp_path: Path) -> None:
     scenario = Scenario(tmp_path, "h100")
     scenario.change(**{**MIG, **RARE, "_0__UtilizationRates": "10 20"})

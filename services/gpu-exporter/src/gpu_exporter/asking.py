@@ -46,6 +46,7 @@ class Device:
         self.unsupported: set[object] = set()
         self.renamed: set[str] = set()  # calls that the driver's library does not know by their new name
         self.mig_enabled: bool | None = None
+        self.identified = False  # until it answered who it is
 
 
 class Asking:
@@ -96,6 +97,10 @@ class Asking:
             unsupported.add(key)
         if name not in UNSUPPORTED:
             self.failures[call, name] += 1
+
+    def troubles(self) -> int:
+        """How many calls of this sample failed otherwise than for good."""
+        return sum(count for (_, error), count in self.failures.items() if error not in REFUSED)
 
 
 def name_of(error: pynvml.NVMLError) -> str:

@@ -48,6 +48,8 @@ class Health:
     failures: Mapping[tuple[str, str], int] = field(default_factory=dict)
     gpus: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     xids: Mapping[tuple[str, int, str], tuple[int, float]] = field(default_factory=dict)
+    # GPUs of the last sample that were never readable, so that nobody knows their uuid, as index: why.
+    unnamed: Mapping[int, str] = field(default_factory=dict)
     # By uuid, DCGM's labels of the GPU, which its XIDs need also when there is no sample.
     dcgm_labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,6 +67,7 @@ def render_data(sample: Sample, names: str, hostname: str) -> str:
 
 def render_health(health: Health, names: str, now: float) -> str:
     """The part of the page that is true also when there is no data."""
+    gpus = [*((uuid, *gpu) for uuid, gpu in health.gpus.items()), *(("", *gpu) for gpu in health.unnamed.items())]
     base = [
         Series(
             "gpu_exporter_info",
@@ -99,13 +102,13 @@ def render_health(health: Health, names: str, now: float) -> str:
             "gpu_up",
             "gauge",
             "1 when the GPU gave data in the last sample; a GPU once seen stays in this family.",
-            [(_gpu_labels(uuid, index), float(not why)) for uuid, (index, why) in health.gpus.items()],
+            [(_gpu_labels(uuid, index), float(not why)) for uuid, index, why in gpus],
         ),
         Series(
             "gpu_unreadable",
             "gauge",
             "1 for a GPU that gives no data, by reason: lost, hung, gone, reset_required, failing, no_sample.",
-            [(_gpu_labels(uuid, index, ("reason", why)), 1) for uuid, (index, why) in health.gpus.items() if why],
+            [(_gpu_labels(uuid, index, ("reason", why)), 1) for uuid, index, why in gpus if why],
         ),
         Series(
             "gpu_xid_errors_total",
@@ -186,11 +189,11 @@ def _dcgm(sample: Sample, gpus: list[Gpu], hostname: str) -> Iterable[Series]:
     owners = [(dcgm_labels(gpu, sample, hostname), gpu.readings) for gpu in gpus]
     shares = [
         (
-            dcgm_labels(gpu, sample, hostname, (("GPU_I_PROFILE", mig.profile), ("GPU_I_ID", mig.gpu_instance))),
+            dcgm_labels(gpu, sample, hostname, (("GPU_I_PROFILE", mig.gpu_profile), ("GPU_I_ID", mig.gpu_instance))),
             mig.readings,
         )
         for gpu in gpus
-        for mig in gpu.mig
+        for mig in _gpu_instances(gpu)
     ]
     for item in FIELDS:
         rows = [
@@ -200,6 +203,14 @@ def _dcgm(sample: Sample, gpus: list[Gpu], hostname: str) -> Iterable[Series]:
             if tuple(extra) == item.labels
         ]
         yield Series(item.name, item.kind, item.help, rows)
+
+
+def _gpu_instances(gpu: Gpu) -> Iterable[MigInstance]:
+    """One MIG device for each GPU instance: DCGM's labels do not tell those apart that share one."""
+    first: dict[str, MigInstance] = {}
+    for mig in gpu.mig:
+        first.setdefault(mig.gpu_instance, mig)
+    return first.values()
 
 
 def dcgm_labels(gpu: Gpu, sample: Sample, hostname: str, extra: Iterable[tuple[str, str]] = ()) -> str:
@@ -222,12 +233,13 @@ def dcgm_labels(gpu: Gpu, sample: Sample, hostname: str, extra: Iterable[tuple[s
 
 def _dcgm_xid(health: Health, now: float) -> Series:
     rows = []
-    for uuid in health.gpus:
+    for uuid, (index, _) in health.gpus.items():
         recent = [
             (at, xid) for (owner, _, xid), (_, at) in health.xids.items() if owner == uuid and now - at < XID_SECONDS
         ]
         last = max(recent, default=(0.0, "0"))[1]
-        rows.append((health.dcgm_labels.get(uuid, ""), float(last) if last.isdigit() else 0.0))
+        known = health.dcgm_labels.get(uuid) or labels([("gpu", str(index)), ("UUID", uuid)])  # never readable yet
+        rows.append((known, float(last) if last.isdigit() else 0.0))
     return Series(XID.name, XID.kind, XID.help, rows)
 
 

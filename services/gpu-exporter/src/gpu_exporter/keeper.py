@@ -1,7 +1,8 @@
 """The keeper owns the probe process: starts it, asks it, and replaces it when the driver does not let it answer.
 
 A process stuck in the driver may not even die of SIGKILL. It is then abandoned, counted, and reaped when the driver
-lets go; no more than `MOST_STUCK` are left behind before the keeper waits instead of starting another.
+lets go; no more than `MOST_STUCK` are left behind before the keeper waits instead of starting another. The last of
+these places is for a probe that leaves out every GPU that hung: one that holds its probes must not hide the others.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Keeper:
         self._seen: frozenset[str] = frozenset()
         self._last_census: frozenset[str] = frozenset()
         self._next_renewal = 0.0
-        self._stuck: list[subprocess.Popen[bytes]] = []
+        self._stuck: list[tuple[subprocess.Popen[bytes], int | None]] = []  # and the GPU that holds it
         self._quarantine: dict[int, tuple[float, float]] = {}  # index: until, how long
         self._failed_between: dict[tuple[str, str], int] = {}  # between two samples
         self.replacements = -1  # the first probe replaces none
@@ -142,7 +143,7 @@ class Keeper:
     @property
     def stuck(self) -> int:
         """Processes that the driver holds and SIGKILL did not end."""
-        self._stuck = [process for process in self._stuck if process.poll() is None]
+        self._stuck = [(process, gpu) for process, gpu in self._stuck if process.poll() is None]
         return len(self._stuck)
 
     def sample(self, wake: int) -> Sample:
@@ -152,9 +153,8 @@ class Keeper:
         """
         try:
             probe = self._ready(wake)
-            now = self._clock()
-            probe.ask([index for index, (until, _) in self._quarantine.items() if now < until])
-            sample = decode(self._await(probe, "sample", now + self._deadline, wake))
+            probe.ask(self._left_out())
+            sample = decode(self._await(probe, "sample", self._clock() + self._deadline, wake))
         except CollectFailed as failure:
             self.renew()
             if failure.error == "hung" and failure.gpu is not None:
@@ -262,15 +262,22 @@ class Keeper:
         pause = min(last * 2, QUARANTINE_SECONDS[1])
         self._quarantine[index] = (self._clock() + pause, pause)
 
+    def _left_out(self) -> list[int]:
+        """The GPUs not to ask now: in quarantine, or holding a probe, or, at the last place, any that hung."""
+        now, last = self._clock(), self.stuck >= MOST_STUCK - 1
+        holding = {gpu for _, gpu in self._stuck}
+        return [gpu for gpu, (until, _) in self._quarantine.items() if last or now < until or gpu in holding]
+
     def _take_census(self) -> None:
         now = self._clock()
         if self._census:
             if now > self._census[1]:
                 self._end(self._census[0])
                 self._census = None
-        elif self._discover and self._probe and now >= self._next_census and self.stuck < MOST_STUCK:
+        elif self._discover and self._probe and now >= self._next_census and self.stuck < MOST_STUCK - 1:
             self._next_census = now + self._discover
-            self._census = (self._start({**self._options, "census": True}), now + self._open_deadline)
+            options = {**self._options, "census": True, "skip": self._left_out()}
+            self._census = (self._start(options), now + self._open_deadline)
 
     def _finish_census(self) -> None:
         """A process of its own sees the GPUs of now; NVML in the probe knows those of its own start."""
@@ -302,4 +309,4 @@ class Keeper:
 
     def _end(self, probe: Probe) -> None:
         if not probe.kill():
-            self._stuck.append(probe.process)
+            self._stuck.append((probe.process, probe.in_progress()[1]))

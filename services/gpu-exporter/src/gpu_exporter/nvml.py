@@ -5,7 +5,6 @@ Every call is announced through `note` before it is made, so that the exporter c
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -14,8 +13,9 @@ from typing import Any
 import pynvml
 
 from gpu_exporter import calls
-from gpu_exporter.asking import DRIVER_GONE, UNSUPPORTED, Asking, Device, DriverFailed, Unreadable, name_of
+from gpu_exporter.asking import UNSUPPORTED, Asking, Device, DriverFailed, Unreadable, name_of
 from gpu_exporter.containers import container_of
+from gpu_exporter.events import Events
 from gpu_exporter.performance import MonitoredDevice
 from gpu_exporter.readings import Driver, Gpu, Identity, MigInstance, Reading, Sample, add
 
@@ -23,14 +23,13 @@ NOT_AVAILABLE = 2**64 - 1
 
 
 class Nvml:
-    """One session with the driver. `sample` is called by one thread, `next_event` by another."""
+    """One session with the driver. All but `events.tell` belongs to one thread."""
 
     def __init__(self, note: Callable[[str], None], *, processes: bool, pcie_throughput: bool) -> None:
         self._ask = Asking(note)
         self._processes, self._pcie_throughput = processes, pcie_throughput
         self._devices: dict[str, MonitoredDevice] = {}
-        self._uuids: dict[int, str] = {}
-        self._events: Any = None
+        self.events = Events(self._ask)
         self.driver = Driver()
 
     def open(self) -> None:
@@ -58,24 +57,31 @@ class Nvml:
         self._ask.begin()
         gpus: list[Gpu] = []
         try:
-            for index in range(self._ask.call("nvmlDeviceGetCount")):
+            listed = self._ask.call("nvmlDeviceGetCount")
+            self.events.begin()
+            for index in range(listed):
                 self._ask.index = index
                 if index in skip:
                     gpus.append(Gpu(self._known(index), unreadable="hung"))
                     continue
                 try:
-                    gpus.append(self._read(self._device(index)))
+                    device = self._device(index)
+                    self.events.register(device)
+                    gpus.append(self._read(device))
                 except Unreadable as error:
                     gpus.append(Gpu(self._known(index), unreadable=str(error)))
         except pynvml.NVMLError as error:  # the count itself failed
             raise DriverFailed(self._ask.last_call, name_of(error)) from error
         return Sample(self.driver, tuple(gpus), dict(self._ask.failures), self._ask.count, time.monotonic() - started)
 
-    def census(self) -> list[str]:
-        """The uuids of the GPUs that answer now. Raises DriverFailed."""
+    def census(self, skip: Collection[int] = ()) -> list[str]:
+        """The uuids of the GPUs that answer now, without those with an index in `skip`. Raises DriverFailed."""
         try:
             found = []
             for index in range(self._ask.call("nvmlDeviceGetCount")):
+                self._ask.index = index
+                if index in skip:
+                    continue
                 try:
                     found.append(
                         self._ask.call("nvmlDeviceGetUUID", self._ask.call("nvmlDeviceGetHandleByIndex", index))
@@ -86,37 +92,6 @@ class Nvml:
         except pynvml.NVMLError as error:
             raise DriverFailed(self._ask.last_call, name_of(error)) from error
 
-    def listen(self) -> None:
-        """Register for XID events of every readable GPU. Raises DriverFailed; may be called again after a failure."""
-        try:
-            if self._events is not None:
-                pynvml.nvmlEventSetFree(self._events)
-            self._events, self._uuids = None, {}
-            events = pynvml.nvmlEventSetCreate()
-            for index in range(pynvml.nvmlDeviceGetCount()):
-                try:
-                    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                    uuid = pynvml.nvmlDeviceGetUUID(handle)
-                    pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)
-                except pynvml.NVMLError as error:
-                    if name_of(error) in DRIVER_GONE:
-                        raise
-                    continue  # a GPU that cannot report events must not silence the others
-                self._uuids[_address(handle)] = uuid
-            self._events = events
-        except pynvml.NVMLError as error:
-            raise DriverFailed("nvmlDeviceRegisterEvents", name_of(error)) from error
-
-    def next_event(self, timeout_ms: int) -> tuple[str, int] | None:
-        """The next XID as (GPU's uuid, XID), or None after `timeout_ms`. Raises DriverFailed."""
-        try:
-            event = pynvml.nvmlEventSetWait_v2(self._events, timeout_ms)
-        except pynvml.NVMLError_Timeout:
-            return None
-        except pynvml.NVMLError as error:
-            raise DriverFailed("nvmlEventSetWait_v2", name_of(error)) from error
-        return self._uuids.get(_address(event.device), ""), int(event.eventData)
-
     # --- one GPU -----------------------------------------------------------------------------------------------
 
     def _device(self, index: int) -> MonitoredDevice:
@@ -126,16 +101,22 @@ class Nvml:
         except pynvml.NVMLError as error:
             self._ask.classify(set(), None, self._ask.last_call, error)
             raise Unreadable("failing") from error
-        known = self._devices.get(uuid)
-        if known and known.identity.index == index:
-            return known
-        self._devices = {other: old for other, old in self._devices.items() if old.identity.index != index}
-        device = self._devices[uuid] = MonitoredDevice(handle, Identity(index, uuid))
+        device = self._devices.get(uuid)
+        if device is None or device.identity.index != index:
+            self._devices = {other: old for other, old in self._devices.items() if old.identity.index != index}
+            device = self._devices[uuid] = MonitoredDevice(handle, Identity(index, uuid))
+        if not device.identified:
+            troubles = self._ask.troubles()
+            device.identity = self._identity(device)
+            device.identified = self._ask.troubles() == troubles
+        return device
+
+    def _identity(self, device: Device) -> Identity:
         capability = self._ask.optional(device, "nvmlDeviceGetCudaComputeCapability")
         pci = self._ask.optional(device, "nvmlDeviceGetPciInfo_v3")
-        device.identity = Identity(
-            index,
-            uuid,
+        return Identity(
+            device.identity.index,
+            device.identity.uuid,
             name=self._ask.optional(device, "nvmlDeviceGetName") or "",
             pci_bus_id=pci.busId if pci else "",
             serial=self._ask.optional(device, "nvmlDeviceGetSerial") or "",
@@ -144,7 +125,6 @@ class Nvml:
             compute_capability=".".join(map(str, capability)) if capability else "",
             minor_number=self._ask.optional(device, "nvmlDeviceGetMinorNumber"),
         )
-        return device
 
     def _known(self, index: int) -> Identity:
         for device in self._devices.values():
@@ -154,10 +134,12 @@ class Nvml:
 
     def _read(self, device: MonitoredDevice) -> Gpu:
         found: dict[str, list[Reading]] = {}
+        troubles = self._ask.troubles()
         mig_mode = self._ask.optional(device, "nvmlDeviceGetMigMode")
         enabled = bool(mig_mode and mig_mode[0])
         if device.mig_enabled is not None and enabled != device.mig_enabled:
             device.unsupported.clear()  # MIG mode changes what a GPU supports
+            device.forget_all_but(())
         device.mig_enabled = enabled
         if mig_mode:
             add(found, "mig_mode", mig_mode[0])
@@ -189,6 +171,8 @@ class Nvml:
                     add(found, "pcie_throughput", kib * calls.KIB, direction)
         if self._processes:
             self._process_memory(device, found)
+        if not found and self._ask.troubles() > troubles:  # else it may be a GPU that supports nothing
+            raise Unreadable("failing")
         return Gpu(device.identity, found, self._mig(device) if enabled else ())
 
     def _memory(self, device: Device, handle: Any, found: dict[str, list[Reading]]) -> None:
@@ -244,6 +228,7 @@ class Nvml:
 
     def _mig(self, device: MonitoredDevice) -> tuple[MigInstance, ...]:
         instances = []
+        active: dict[int, dict[str, list[Reading]]] = {}  # by GPU instance, which compute instances may share
         for index in range(self._ask.optional(device, "nvmlDeviceGetMaxMigDeviceCount") or 0):
             try:
                 handle = self._ask.call("nvmlDeviceGetMigDeviceHandleByIndex", device.handle, index)
@@ -257,14 +242,13 @@ class Nvml:
                 continue
             found: dict[str, list[Reading]] = {}
             self._memory(device, handle, found)
-            device.activity(self._ask, found, calls.MIG_PERFORMANCE, gpu_instance)
+            if gpu_instance not in active:
+                device.activity(self._ask, active.setdefault(gpu_instance, {}), calls.MIG_PERFORMANCE, gpu_instance)
+            found |= active[gpu_instance]
             profile = name.rpartition(" MIG ")[2]
             instances.append(MigInstance(uuid, str(gpu_instance), str(compute_instance), profile, found))
+        device.forget_all_but(active)
         return tuple(instances)
-
-
-def _address(handle: Any) -> int:
-    return ctypes.cast(handle, ctypes.c_void_p).value or 0
 
 
 def _field_value(value: Any) -> float:

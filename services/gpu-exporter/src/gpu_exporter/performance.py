@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 import pynvml
@@ -30,15 +31,15 @@ class MonitoredDevice(Device):
         instance: int | None,
     ) -> None:
         """Add activity between this sample and the one before: the first sample of a probe has none."""
-        if "performance" in self.unsupported:
+        refused = ("performance", instance)  # an instance that is destroyed while it is asked ends nothing else
+        if "performance" in self.unsupported or refused in self.unsupported:
             return
         support = ask.optional(self, "nvmlGpmQueryDeviceSupport")
         if support is None or not support.isSupportedDevice:
             self.unsupported.add("performance")
             return
         try:
-            first = instance not in self._samples
-            if first:
+            if instance not in self._samples:
                 self._samples[instance] = [ask.call("nvmlGpmSampleAlloc") for _ in range(2)]
             older, newer = self._samples[instance]
             if instance is None:
@@ -46,9 +47,9 @@ class MonitoredDevice(Device):
             else:
                 ask.call("nvmlGpmMigSampleGet", self.handle, instance, newer)
             self._samples[instance] = [newer, older]
-            then = self._sampled_at.get(instance, 0.0)
-            self._sampled_at[instance] = time.monotonic()
-            if first:
+            then, now = self._sampled_at.get(instance), time.monotonic()
+            self._sampled_at[instance] = now
+            if then is None:
                 return
             request = pynvml.c_nvmlGpmMetricsGet_t(version=pynvml.NVML_GPM_METRICS_GET_VERSION)
             request.numMetrics, request.sample1, request.sample2 = len(metrics), older, newer
@@ -56,12 +57,18 @@ class MonitoredDevice(Device):
                 request.metrics[slot].metricId = getattr(pynvml, f"NVML_GPM_METRIC_{name}")
             ask.call("nvmlGpmMetricsGet", request)
         except pynvml.NVMLError as error:
-            ask.classify(self.unsupported, "performance", ask.last_call, error)
+            ask.classify(self.unsupported, refused, ask.last_call, error)
             return
         for slot, (_, quantity, factor) in enumerate(metrics):
             if request.metrics[slot].nvmlReturn == 0:
                 value = request.metrics[slot].value * factor
                 add(found, quantity, value)
                 if (total := calls.TOTALS.get(quantity)) and math.isfinite(value):
-                    self._moved[total] = self._moved.get(total, 0.0) + value * (self._sampled_at[instance] - then)
+                    self._moved[total] = self._moved.get(total, 0.0) + value * (now - then)
                     add(found, total, self._moved[total])
+
+    def forget_all_but(self, instances: Collection[int]) -> None:
+        """Begin anew with instances that are not there now: the next of that number is another one."""
+        for instance in [one for one in self._samples if one is not None and one not in instances]:
+            self._sampled_at.pop(instance, None)
+            self.unsupported.discard(("performance", instance))

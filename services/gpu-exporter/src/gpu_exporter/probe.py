@@ -1,9 +1,9 @@
 """The probe: a child process that talks to the driver, so that a call which never returns can be left behind.
 
 It is started as `python -m gpu_exporter.probe OPTIONS`, OPTIONS being JSON: `page` (an inherited file descriptor on
-which the call in progress is written), `processes`, `pcie_throughput`, `census`. On its standard output it sends one
-JSON message a line: `opened`, `sample`, `xids`, `census` or `failed`. Each line on its standard input asks for one
-sample: `{"skip": [indices]}`. End of input ends it.
+which the call in progress is written), `processes`, `pcie_throughput`, `census`, and for a census `skip`. On its
+standard output it sends one JSON message a line: `opened`, `sample`, `xids`, `listening_failed`, `census` or `failed`.
+Each line on its standard input asks for one sample: `{"skip": [indices]}`. End of input ends it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections import Counter
 from typing import Any
 
 from gpu_exporter.asking import DriverFailed
@@ -25,10 +23,6 @@ from gpu_exporter.readings import encode, line
 
 PAGE_BYTES = 128
 PR_SET_PDEATHSIG = 1
-EVENT_WAIT_MS = 1000
-# Events that arrive together are counted together: an XID storm costs a few lines a second, not one an event.
-BURST_SECONDS = 0.2
-BACK_OFF_SECONDS = (1.0, 30.0)
 
 
 class Pipe:
@@ -54,33 +48,6 @@ def die_with(parent: int) -> None:
         os._exit(0)
 
 
-def listen(nvml: Nvml, pipe: Pipe) -> None:
-    """Send XID events as they come, for ever."""
-    pause = BACK_OFF_SECONDS[0]
-    while True:
-        try:
-            nvml.listen()
-            while True:
-                burst = _burst(nvml)
-                if burst:
-                    pipe.send({"xids": [[uuid, xid, count, time.time()] for (uuid, xid), count in burst.items()]})
-                pause = BACK_OFF_SECONDS[0]
-        except DriverFailed as failure:
-            pipe.send({"listening_failed": {"call": failure.call, "error": failure.error}})
-            time.sleep(pause)
-            pause = min(pause * 2, BACK_OFF_SECONDS[1])
-
-
-def _burst(nvml: Nvml) -> Counter[tuple[str, int]]:
-    seen: Counter[tuple[str, int]] = Counter()
-    event = nvml.next_event(EVENT_WAIT_MS)
-    until = time.monotonic() + BURST_SECONDS
-    while event is not None:
-        seen[event] += 1
-        event = nvml.next_event(0) if time.monotonic() < until else None
-    return seen
-
-
 def main() -> None:
     """Serve samples until the exporter closes the pipe."""
     options = json.loads(sys.argv[1])
@@ -95,10 +62,10 @@ def main() -> None:
     try:
         nvml.open()
         if options["census"]:
-            pipe.send({"census": nvml.census()})
+            pipe.send({"census": nvml.census(options["skip"])})
             os._exit(0)
         pipe.send({"opened": True})
-        threading.Thread(target=listen, args=(nvml, pipe), daemon=True, name="xid-events").start()
+        threading.Thread(target=nvml.events.tell, args=(pipe.send,), daemon=True, name="xid-events").start()
         for request in sys.stdin:
             pipe.send({"sample": encode(nvml.sample(json.loads(request)["skip"]))})
             note("- idle")

@@ -47,6 +47,11 @@ class MigInstance:
     profile: str
     readings: Readings = field(default_factory=dict)
 
+    @property
+    def gpu_profile(self) -> str:
+        """The profile of its GPU instance: without the compute instance's share of it (`1c.3g.40gb`)."""
+        return self.profile.rpartition("c.")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:

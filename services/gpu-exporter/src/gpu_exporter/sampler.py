@@ -17,7 +17,8 @@ from loguru import logger
 
 from gpu_exporter.collector import Health, dcgm_labels, render_data
 from gpu_exporter.keeper import CollectFailed
-from gpu_exporter.readings import Gpu, Sample
+from gpu_exporter.links import LinkRates
+from gpu_exporter.readings import Sample
 
 # States by the error of the call that failed; anything else is `failed`.
 STATE_OF = {
@@ -85,10 +86,10 @@ class Sampler:
         on_death: Callable[[], None],
     ) -> None:
         self._source, self._interval, self._retry, self._allowance = source, interval, retry, allowance
-        self._expected, self._names, self._hostname = expected, names, hostname
+        self._names, self._hostname = names, hostname
         self._on_access_lost, self._on_death = on_access_lost, on_death
         self._opened_once = False
-        self._links: dict[str, tuple[float, float]] = {}  # uuid: (when, bytes over all links)
+        self._links = LinkRates()
         self._wake, self._waker = os.pipe()
         self.snapshot = Snapshot(Health(expected=expected, demo=demo))
         self.thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -147,17 +148,20 @@ class Sampler:
     def _publish(self, sample: Sample, took: float) -> None:
         self._opened_once = True
         before = self.snapshot.health
-        sample = self._with_link_rates(sample)
+        sample = self._links.added(sample)
         gpus = dict(before.gpus)
         for uuid, (index, _) in before.gpus.items():
             gpus[uuid] = (index, "gone")
-        known = {index: uuid for uuid, (index, _) in before.gpus.items()}
+        named = {gpu.identity.uuid for gpu in sample.gpus}
+        known = {index: uuid for uuid, (index, _) in before.gpus.items() if uuid not in named}
+        unnamed: dict[int, str] = {}
         for gpu in sample.gpus:
-            # A new probe does not know who a GPU is that it must not touch; we do.
-            uuid = gpu.identity.uuid or known.get(gpu.identity.index, "")
-            if uuid:
+            # A new probe does not know who a GPU is that it must not touch; we do, if it was ever read.
+            if uuid := gpu.identity.uuid or known.get(gpu.identity.index, ""):
                 gpus[uuid] = (gpu.identity.index, gpu.unreadable)
-        self._tell_changes(before, gpus)
+            else:
+                unnamed[gpu.identity.index] = gpu.unreadable
+        self._tell_changes(before, gpus, unnamed, len(sample.gpus))
         readable = [gpu for gpu in sample.gpus if not gpu.unreadable]
         now = time.time()
         health = self._health(
@@ -168,8 +172,9 @@ class Sampler:
             duration=took,
             calls=sample.calls,
             visible=len(readable),
-            expected=max(self._expected, len(gpus)),
+            expected=max(before.expected, len(gpus), len(sample.gpus)),
             gpus=gpus,
+            unnamed=unnamed,
             dcgm_labels={
                 **before.dcgm_labels,
                 **{gpu.identity.uuid: dcgm_labels(gpu, sample, self._hostname) for gpu in readable},
@@ -226,11 +231,16 @@ class Sampler:
         }
         return replace(before, **{**common, **changes})  # type: ignore[arg-type]  # fields of Health, checked by it
 
-    def _tell_changes(self, before: Health, gpus: Mapping[str, tuple[int, str]]) -> None:
-        if before.state != "ok" and gpus:
-            logger.info("collecting", gpus=len(gpus), after=before.state)
-        if before.state != "no_gpu" and not gpus:
+    def _tell_changes(
+        self, before: Health, gpus: Mapping[str, tuple[int, str]], unnamed: Mapping[int, str], listed: int
+    ) -> None:
+        if before.state != "ok" and listed:
+            logger.info("collecting", gpus=listed, after=before.state)
+        if before.state != "no_gpu" and not listed:
             logger.info("collect_failed", state="no_gpu", advice=ADVICE["no_gpu"])
+        for index, why in unnamed.items():
+            if why != before.unnamed.get(index):
+                logger.error("gpu_unreadable", uuid="", gpu=index, reason=why)
         for uuid, (index, why) in gpus.items():
             _, previously = before.gpus.get(uuid, (index, "new"))
             if why and why != previously:
@@ -239,21 +249,6 @@ class Sampler:
                 logger.info("gpu_found", uuid=uuid, gpu=index)
             elif not why and previously and previously != "no_sample":
                 logger.info("gpu_back", uuid=uuid, gpu=index, after=previously)
-
-    def _with_link_rates(self, sample: Sample) -> Sample:
-        """Add bytes a second over all NVLinks since the sample before, which DCGM's names need."""
-        now, gpus = time.monotonic(), []
-        for gpu in sample.gpus:
-            rows = [*gpu.readings.get("nvlink_transmitted", ()), *gpu.readings.get("nvlink_received", ())]
-            moved = sum(value for value, _ in rows)
-            then = self._links.get(gpu.identity.uuid)
-            if rows:
-                self._links[gpu.identity.uuid] = (now, moved)
-            if rows and then and now > then[0] and moved >= then[1]:
-                rate = (moved - then[1]) / (now - then[0])
-                gpu = Gpu(gpu.identity, {**gpu.readings, "nvlink_data_rate": ((rate, ()),)}, gpu.mig, gpu.unreadable)
-            gpus.append(gpu)
-        return replace(sample, gpus=tuple(gpus))
 
 
 def _added(before: Mapping[tuple[str, str], int], more: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
