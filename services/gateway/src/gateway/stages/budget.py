@@ -316,7 +316,8 @@ class Budget:
                     del self._keys[key_id]
         self._line.wake_all()
         for call in tuple(self.live.values()):
-            caller = call.caller
+            # As the key is now, not as it was when the call was admitted.
+            caller = None if call.caller is None else self._keyring.caller(call.caller.key_id)
             if caller is not None and caller.expires_at is not None:
                 problem = self._keyring.problem(caller)
                 if problem is not None:
