@@ -1,12 +1,15 @@
 """What changes of a key while its calls are under way holds for them as well."""
 
+import json
 import threading
 import time
 from datetime import UTC, datetime
 
+import pytest
 from tests.doubles.gateway import Answer, GatewayProcess
 from tests.doubles.vllm import VllmDouble
 from tests.doubles.waiting import wait_until
+from tests.integration.server_client import Wire
 
 
 def create(gateway: GatewayProcess, **fields: object) -> dict[str, str]:
@@ -37,6 +40,11 @@ class Running(threading.Thread):
         return self.answer.body
 
 
+def in_flight(gateway: GatewayProcess) -> int:
+    lines = gateway.get("/metrics").body.decode().splitlines()
+    return int(float(next(line for line in lines if line.startswith("gateway_in_flight_calls ")).split()[1]))
+
+
 def test_an_end_that_is_set_meanwhile_ends_a_running_call(gateway: GatewayProcess, engine: VllmDouble):
     made = create(gateway)
     running = Running(gateway, made["secret"])
@@ -61,3 +69,27 @@ def test_an_end_that_is_put_off_meanwhile_ends_no_running_call(gateway: GatewayP
     engine.go_on()
 
     assert b"[DONE]" in running.text()
+
+
+@pytest.mark.parametrize("grace", [0, 3600], ids=["revoked", "with a grace"])
+def test_a_call_whose_body_is_still_coming_is_refused_when_its_secret_is_revoked(gateway: GatewayProcess, grace: int):
+    made = create(gateway)
+    body = json.dumps({"model": "double", "max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]}).encode()
+    with Wire(gateway.port) as wire:
+        wire.send(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {made['secret']}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body[:10]
+        )
+        wait_until("its head was read", lambda: in_flight(gateway) == 1)
+
+        path = f"/admin/keys/{made['id']}/rotate"
+        secret = gateway.admin("POST", path, {"grace_seconds": grace}).json["secret"]
+        assert gateway.chat(key=secret, max_tokens=2).status == 200
+        wire.send(body[10:])
+        answer = wire.response("POST")
+
+    assert answer is not None
+    assert answer.status == (200 if grace else 401), answer.body
+    if not grace:
+        assert answer.json()["error"]["code"] == "invalid_api_key"

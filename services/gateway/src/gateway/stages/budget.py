@@ -155,6 +155,8 @@ class Budget:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.")
         now = self._now()
         account = self._account(caller)
+        if account.revoked is not None and call.started < account.revoked[0]:
+            raise account.revoked[1]
         day = self.days.of(account)
         refusals = limits_told.refusals(call, caller.limits, account, self._addresses, wanted.likely, now)
         organisation = self.organisation(caller.organisation) if caller.organisation is not None else None
@@ -324,10 +326,12 @@ class Budget:
                     call.abort(problem)
 
     def revoke(self, key_id: str, cause: GatewayError) -> None:
-        """End every running call of a key that is no longer valid; waiting ones are refused."""
+        """End every running call of a key, or of a secret, that is no longer valid; waiting ones are refused, and so
+        are those that are known but hold nothing yet."""
         account = self._keys.get(key_id)
         if account is None:
             return
+        account.revoked = (time.perf_counter(), cause)
         if self._keyring.caller(key_id) is None:
             self._deleted.add(key_id)
         for request_id in tuple(account.live):
