@@ -274,6 +274,20 @@ class Budget:
         """Give back what `call` holds and count what it used. Idempotent."""
         if call.hold is not None:
             self._give_back(call, call.usage.total)
+        elif not call.counted:
+            self._count(call)
+
+    def _count(self, call: Call) -> None:
+        """One more request of today, as the ledger has it: the call ended before it held anything, and not by a
+        refusal."""
+        caller = call.caller
+        call.counted = True
+        if caller is None or call.outcome is Outcome.REFUSED:
+            return
+        if (account := self._keys.get(caller.key_id)) is not None:  # None: the key was deleted meanwhile
+            self.days.of(account).requests += 1
+        if caller.organisation is not None:
+            self.days.of(self.organisation(caller.organisation)).requests += 1
 
     def _give_back(self, call: Call, used: int | None) -> None:
         """End a hold; `used` None: the call never was."""
