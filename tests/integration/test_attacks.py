@@ -154,6 +154,9 @@ def test_numbers_that_would_stop_the_engine_never_reach_it(gateway, engine):
     remote = [{"type": "image_url", "image_url": {"url": "http:\\\\169.254.169.254/latest"}}]
     media = {"model": "double", "messages": [{"role": "user", "content": remote}]}
     assert gateway.post("/v1/chat/completions", media).status == 400
+    for name in ("documents", "items", "data_2", "text_2"):
+        pairs = {"model": "double", "queries": "x", "text_1": "x", "data_1": "x", name: [{"content": remote}]}
+        assert gateway.post("/v1/score", pairs).status == 400, name
     reached = engine.requests()[before:]
     assert not reached, [call["body"][:200] for call in reached]
     # The engine itself judges a length; but a number of no database may break what counts it.

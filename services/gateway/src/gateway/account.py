@@ -10,6 +10,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from gateway.call import Caller
+from gateway.errors import GatewayError
 from gateway.gcra import Rate, per_minute
 
 _DAYS_KEPT = 4  # the machine's clock may be wrong by days and be set right again: what was used then still counts
@@ -30,11 +31,12 @@ class Day:
 class Account:
     """The limits' state of a key or an organisation. `live`: request id -> tokens taken from the minute.
 
-    `caller`, `requests_rate` and `tokens_rate` are a key's limits as they were last looked at.
+    `caller`, `requests_rate` and `tokens_rate` are a key's limits as they were last looked at. `revoked`: since when
+    (perf_counter) a call must have begun to be one of a secret that is valid, and what the others are told.
     """
 
     __slots__ = (
-        "_days", "caller", "live", "requests_rate", "requests_tat", "tokens_rate", "tokens_tat", "waiting",
+        "_days", "caller", "live", "requests_rate", "requests_tat", "revoked", "tokens_rate", "tokens_tat", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -43,6 +45,7 @@ class Account:
         self.tokens_rate: Rate | None = None
         self.requests_tat = 0.0
         self.tokens_tat = 0.0
+        self.revoked: tuple[float, GatewayError] | None = None
         self.live: dict[str, int] = {}
         self.waiting: deque[Any] = deque()
         self._days: dict[str, Day] = {}

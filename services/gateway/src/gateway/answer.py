@@ -117,7 +117,7 @@ class Stream:
         ready = self._messages(data) if dialect == "messages" else self._responses(data)
         if self._limit and self.usage.total > self._limit:
             self.usage.keep_to(self._limit)
-            raise UpstreamError("The engine went on after the limit of this answer.")
+            raise PastLimit("The engine went on after the limit of this answer.")
         return ready
 
     def _token(self, data: bytes) -> bytes | None:
@@ -359,6 +359,10 @@ class BrokenStream(UpstreamError):
     def __init__(self, before: bytes, message: str = "") -> None:
         super().__init__(message or "The engine failed while it was answering.")
         self.before = before
+
+
+class PastLimit(UpstreamError):
+    """The engine keeps no limit, so the stream ended at ours. It works, as far as anybody else is concerned."""
 
 
 def error_body(error: GatewayError, dialect: str) -> bytes:

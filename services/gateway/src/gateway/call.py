@@ -145,6 +145,7 @@ class Call:
         "backend",
         "caller",
         "cause",
+        "counted",
         "endpoint",
         "error",
         "first_token_at",
@@ -191,6 +192,7 @@ class Call:
         self.error: GatewayError | None = None  # what the caller was, or would have been, told
         self.cause: GatewayError | None = None  # why `abort` cancelled the task
         self.status = 0
+        self.counted = False  # among the day's requests, although it held nothing
         self.stage = "auth"
         self.stage_seconds: dict[str, float] = {}
         self.queue_seconds = 0.0

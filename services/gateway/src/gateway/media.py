@@ -21,7 +21,9 @@ MEDIA_KEYS = frozenset(
      "image_pil", "file", "file_url", "file_data", "file_id", "source")
 )  # fmt: skip
 _MARKS = re.compile(b'"(?:' + "|".join(sorted(MEDIA_KEYS)).encode() + b')"')
-_PLACES = ("messages", "input", "system", "documents", "query", "data_1", "data_2", "text_1", "text_2", "queries")
+_PLACES = (
+    "messages", "input", "system", "documents", "items", "query", "data_1", "data_2", "text_1", "text_2", "queries",
+)  # fmt: skip
 
 
 def media_in(raw: bytes, fields: dict[str, Raw], remote: bool, length: Callable[[str], int] = len) -> tuple[int, int]:

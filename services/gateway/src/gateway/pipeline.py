@@ -94,7 +94,8 @@ class Pipeline:
             request = await self._read(call, client)
             self._auth.allow(call)
             # Refuses a model that nobody serves before anything is taken.
-            request.prompt_bound += self._registry.template_tokens(request.model)
+            template = self._registry.template_tokens(request.model)
+            request.prompt_bound += template * request.prompts if endpoint.pairs else template
             client.watch(lambda: call.abort(ClientGone("The client closed the connection.")))
             call.enter("budget")
             if self._budget.scarce(call) and (exact := await self._prompt_counter.count(call)) is not None:

@@ -15,6 +15,7 @@ import msgspec
 from gateway.call import Priority
 from gateway.errors import InvalidRequest
 from gateway.media import media_in
+from gateway.pairs import repeated
 
 if TYPE_CHECKING:
     from gateway.large_body import Aside, Buffer
@@ -26,7 +27,8 @@ Raw = msgspec.Raw
 class Endpoint:
     """One relayed route. `name` is a metric label and ledger value; `upstream` is vLLM's path.
 
-    `output_field` is the field that bounds the output (None: the endpoint generates nothing).
+    `output_field` is the field that bounds the output (None: the endpoint generates nothing). `pairs`: each prompt is a
+    query and a document.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Endpoint:
     multipart: bool = False
     streams: bool = False
     metered: bool = True
+    pairs: bool = False
 
 
 ENDPOINTS: dict[str, Endpoint] = {
@@ -47,8 +50,8 @@ ENDPOINTS: dict[str, Endpoint] = {
                  "max_completion_tokens", streams=True),
         Endpoint("completions", "/v1/completions", "/v1/completions", "openai", "max_tokens", 16, streams=True),
         Endpoint("embeddings", "/v1/embeddings", "/v1/embeddings", "openai"),
-        Endpoint("rerank", "/v1/rerank", "/v1/rerank", "openai"),
-        Endpoint("score", "/v1/score", "/v1/score", "openai"),
+        Endpoint("rerank", "/v1/rerank", "/v1/rerank", "openai", pairs=True),
+        Endpoint("score", "/v1/score", "/v1/score", "openai", pairs=True),
         Endpoint("responses", "/v1/responses", "/v1/responses", "responses", "max_output_tokens", streams=True),
         Endpoint("messages", "/v1/messages", "/v1/messages", "messages", "max_tokens", streams=True),
         Endpoint("count_tokens", "/v1/messages/count_tokens", "/v1/messages/count_tokens", "messages",
@@ -215,12 +218,27 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps, aside: Aside | None = None
         extra = (len(memoryview(tools)) if aside is None else aside.size(tools)) + TOOL_TEMPLATE_TOKENS
     request.prompt_bound = text_bytes + extra + media * caps.media_tokens
     request.prompt_estimate = (text_bytes // BYTES_PER_TOKEN or 1) + media * caps.media_tokens
+    if endpoint.pairs:
+        _read_pairs(request, caps)
     conversation = fields.get("messages") or fields.get("input") or fields.get("prompt")
     if conversation is not None:
         # A conversation grows at its end: its beginning tells it from others and finds the engine with its cache.
         view = memoryview(conversation)
         request.affinity = zlib.crc32(view[:2048] if aside is None else aside.beginning(view, 2048))
     return request
+
+
+def _read_pairs(request: Request, caps: Caps) -> None:
+    fields = {name: value for name, value in request.fields.items() if name not in NOT_PROMPT}
+    aside = request.aside
+    if aside is None:
+        octets, media = repeated(fields, lambda value: len(memoryview(value)), caps.remote_media, len)
+    else:
+        octets, media = repeated(fields, aside.size, caps.remote_media, aside.characters)
+    more = request.prompts - 1
+    # Once more than that: some models read the query before the documents and behind them.
+    request.prompt_bound += request.prompts * octets + more * media * caps.media_tokens
+    request.prompt_estimate += more * (octets // BYTES_PER_TOKEN + media * caps.media_tokens)
 
 
 def _read_output(request: Request, head: Head, caps: Caps) -> None:
@@ -266,7 +284,7 @@ def _refuse_stored_responses(head: Head) -> None:
         )
 
 
-_BATCHES = ("prompt", "input", "documents", "text_1", "text_2", "queries", "data_1", "data_2")
+_BATCHES = ("prompt", "input", "documents", "items", "text_1", "text_2", "queries", "data_1", "data_2")
 
 
 def _count_prompts(endpoint: Endpoint, fields: dict[str, Raw], caps: Caps) -> int:

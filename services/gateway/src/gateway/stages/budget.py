@@ -155,6 +155,8 @@ class Budget:
             raise LedgerUnavailable("Usage cannot be recorded at the moment.")
         now = self._now()
         account = self._account(caller)
+        if account.revoked is not None and call.started < account.revoked[0]:
+            raise account.revoked[1]
         day = self.days.of(account)
         refusals = limits_told.refusals(call, caller.limits, account, self._addresses, wanted.likely, now)
         organisation = self.organisation(caller.organisation) if caller.organisation is not None else None
@@ -272,6 +274,20 @@ class Budget:
         """Give back what `call` holds and count what it used. Idempotent."""
         if call.hold is not None:
             self._give_back(call, call.usage.total)
+        elif not call.counted:
+            self._count(call)
+
+    def _count(self, call: Call) -> None:
+        """One more request of today, as the ledger has it: the call ended before it held anything, and not by a
+        refusal."""
+        caller = call.caller
+        call.counted = True
+        if caller is None or call.outcome is Outcome.REFUSED:
+            return
+        if (account := self._keys.get(caller.key_id)) is not None:  # None: the key was deleted meanwhile
+            self.days.of(account).requests += 1
+        if caller.organisation is not None:
+            self.days.of(self.organisation(caller.organisation)).requests += 1
 
     def _give_back(self, call: Call, used: int | None) -> None:
         """End a hold; `used` None: the call never was."""
@@ -316,17 +332,20 @@ class Budget:
                     del self._keys[key_id]
         self._line.wake_all()
         for call in tuple(self.live.values()):
-            caller = call.caller
+            # As the key is now, not as it was when the call was admitted.
+            caller = None if call.caller is None else self._keyring.caller(call.caller.key_id)
             if caller is not None and caller.expires_at is not None:
                 problem = self._keyring.problem(caller)
                 if problem is not None:
                     call.abort(problem)
 
     def revoke(self, key_id: str, cause: GatewayError) -> None:
-        """End every running call of a key that is no longer valid; waiting ones are refused."""
+        """End every running call of a key, or of a secret, that is no longer valid; waiting ones are refused, and so
+        are those that are known but hold nothing yet."""
         account = self._keys.get(key_id)
         if account is None:
             return
+        account.revoked = (time.perf_counter(), cause)
         if self._keyring.caller(key_id) is None:
             self._deleted.add(key_id)
         for request_id in tuple(account.live):

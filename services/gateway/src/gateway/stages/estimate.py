@@ -53,9 +53,9 @@ def ask(request: Request, caller: Caller | None, bounds: Outputs, max_model_len:
     endpoint = request.endpoint
     n = max(1, request.n)
     prompt = request.prompt_bound
-    whole = (
-        max(n, request.prompts) * max_model_len if max_model_len else None
-    )  # no sequence is longer than the model's context
+    whole = None
+    if max_model_len:  # no sequence is longer than the model's context; the two of a pair may be read apart
+        whole = max(n, request.prompts) * max_model_len * (2 if endpoint.pairs else 1)
     if endpoint.output_field is None or not endpoint.metered:
         most = prompt if whole is None else min(prompt, whole)
         return Ask(most, most, min(request.prompt_estimate, most), most, n, None, False, None)

@@ -147,9 +147,9 @@ class Forward:
                 await self._stream(call, client, exchange, silence)
             else:
                 await self._whole(call, client, exchange, silence)
-        except UpstreamError:
+        except UpstreamError as error:
             if exchange is not None:  # `_open` has told of its own failures
-                self._registry.report(call.backend, False)
+                self._registry.report(call.backend, isinstance(error, answer.PastLimit))
             raise
         finally:
             self._silences.discard(silence)
@@ -338,18 +338,20 @@ class Forward:
 
 
 def _most(call: Call) -> int:
-    """The tokens that `call` may cost where a day's quota stands behind its hold; 0: any number."""
-    caller, hold = call.caller, call.hold
+    """The tokens that `call` may cost where a day's quota stands behind its hold; 0: any number. Of media the hold is a
+    guess, and their truth comes with the answer."""
+    caller, hold, request = call.caller, call.hold, call.request
     if caller is None or hold is None or not (caller.limits.daily_tokens or caller.organisation_daily_tokens):
+        return 0
+    if request is None or request.media or request.endpoint.multipart:
         return 0
     return hold.tokens
 
 
 def _keep_to_hold(call: Call) -> None:
     """Never settle more than the day's quota has room for, whatever an engine reports that counts prompts otherwise
-    than it said. Of media the hold is a guess, and their truth comes with the answer."""
-    request = call.request
-    if request is not None and not request.media and not request.endpoint.multipart and (most := _most(call)):
+    than it said."""
+    if most := _most(call):
         call.usage.keep_to(most)
 
 
