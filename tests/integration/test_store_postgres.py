@@ -12,7 +12,7 @@ from gateway.call import Outcome, Usage
 from gateway.errors import LedgerUnavailable, QuotaExhausted
 from gateway.keys import digest_of
 from gateway.store import Database, StoreLocked, StoreUnavailable, accounts, batch, migrate, reports
-from gateway.store.schema import TABLES
+from gateway.store.schema import MIGRATIONS, TABLES
 
 pytestmark = pytest.mark.skipif(
     programs() is None, reason="PostgreSQL is not installed (Debian: apt-get install postgresql)"
@@ -41,7 +41,7 @@ def test_migrations_once_also_when_two_start_together(url):
 
     with ThreadPoolExecutor(4) as pool:
         ran = sorted(pool.submit(start).result() for _ in range(4))
-    assert ran == [0, 0, 0, 1]
+    assert ran == [0, 0, 0, len(MIGRATIONS)]
     with database.session():
         found = {name for (name,) in database.rows("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
         assert found >= set(TABLES)

@@ -34,7 +34,7 @@ class KeyNotFound(CallerError):
 
 @dataclass(slots=True)
 class Key:
-    """A key as it is stored. `models` None = all. Times are Unix seconds."""
+    """A key as it is stored. `models` None = all. Times are Unix seconds. `origin`: environment or made."""
 
     id: str
     name: str
@@ -49,6 +49,7 @@ class Key:
     limits: dict[str, int | None] = field(default_factory=dict)
     organisation_daily_tokens: int | None = None
     generation: int = 0
+    origin: str = "made"
 
     def public(self) -> dict[str, Any]:
         """The key as JSON shows it; never a secret."""
@@ -63,6 +64,7 @@ class Key:
             "expires_at": self.expires_at,
             "disabled": self.disabled,
             "created_at": self.created_at,
+            "origin": self.origin,
         }
 
     def caller(self, settings: Settings) -> Caller:

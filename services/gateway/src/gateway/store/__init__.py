@@ -19,7 +19,7 @@ from gateway.call import Usage, UsageRecord
 from gateway.journal import Held, Journal, JournalFull, Slot
 from gateway.settings import Settings
 from gateway.spool import Spool
-from gateway.store import accounts, batch, recovery, reports, writer
+from gateway.store import accounts, batch, recovery, reports, seeding, writer
 from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, journal_path, spool_folder
 from gateway.store.schema import migrate
 from gateway.store.writer import ENERGY, HOLDS, SETTLE, WORK, Writer, replay
@@ -129,7 +129,7 @@ class Store:
             logger.info("spool_replayed", records=started.replayed)
         self._recover(database, started)
         configured = self._settings.gateway_api_keys
-        started.seeded = accounts.seed(database, configured.get_secret_value() if configured else None)
+        started.seeded = seeding.seed(database, configured.get_secret_value() if configured else None)
         if started.seeded["deleted"]:
             logger.warning("seeded_keys_deleted", keys=started.seeded["deleted"])
         self._generation = accounts.generation(database)

@@ -22,7 +22,7 @@ from gateway.call import Outcome, UsageRecord
 from gateway.journal import Held, Left
 from gateway.store import batch
 from gateway.store.connection import Database, StoreUnavailable
-from gateway.store.schema import HOLD_COLUMNS, TABLES, migrate
+from gateway.store.schema import HOLD_COLUMNS, TABLES, WHO_MADE_AND_ENDED, migrate
 
 CHECK_SECONDS = 0.4  # start-up after a crash stays under a second however large the ledger is
 
@@ -76,11 +76,12 @@ def rescue(damaged: Path, database: Database) -> dict[str, int]:
     The damaged file is opened read-only in the sense that nothing of it is changed on purpose; its WAL may be read.
     """
     saved: dict[str, int] = {}
+    there: dict[str, list[str]] = {}
     migrate(database)
     source = sqlite3.connect(damaged, isolation_level=None)
     try:
         for table in TABLES:
-            columns = [row[1] for row in database.rows(f"PRAGMA table_info({table})")]
+            columns = there[table] = _columns(source, database, table)
             saved[table] = 0
             with database.transaction():
                 if table == "meta":
@@ -94,6 +95,9 @@ def rescue(damaged: Path, database: Database) -> dict[str, int]:
     finally:
         source.close()
     with database.transaction():
+        if "made_by" not in there["key_secrets"]:
+            for statement in WHO_MADE_AND_ENDED:
+                database.run(statement)
         database.run(
             "UPDATE meta SET value = MAX(value, (SELECT COALESCE(MAX(generation), 0) FROM keys)) "
             "WHERE name = 'generation'"
@@ -103,6 +107,16 @@ def rescue(damaged: Path, database: Database) -> dict[str, int]:
             (time.time(), damaged.name, msgspec.json.encode(saved).decode()),
         )
     return saved
+
+
+def _columns(source: sqlite3.Connection, database: Database, table: str) -> list[str]:
+    """The columns that both have: the damaged file may be of an older form."""
+    wanted = [row[1] for row in database.rows(f"PRAGMA table_info({table})")]
+    try:
+        found = {row[1] for row in source.execute(f"PRAGMA table_info({table})")}
+    except sqlite3.DatabaseError:  # not a database at all; reading its rows says so
+        return wanted
+    return [name for name in wanted if name in found] or wanted
 
 
 def _readable(source: sqlite3.Connection, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
