@@ -20,7 +20,15 @@ from gateway.journal import Held, Journal, JournalFull, Slot
 from gateway.settings import Settings
 from gateway.spool import Spool
 from gateway.store import accounts, batch, recovery, reports, seeding, writer
-from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, journal_path, spool_folder
+from gateway.store.connection import (
+    Database,
+    StoreLocked,
+    StoreNewer,
+    StoreUnavailable,
+    Unsure,
+    journal_path,
+    spool_folder,
+)
 from gateway.store.schema import migrate
 from gateway.store.writer import ENERGY, HOLDS, SETTLE, WORK, Writer, replay
 
@@ -31,6 +39,7 @@ __all__ = [
     "StoreLocked",
     "StoreNewer",
     "StoreUnavailable",
+    "Unsure",
     "accounts",
     "migrate",
     "reports",
@@ -250,7 +259,8 @@ class Store:
         return await asyncio.to_thread(self._session, work)
 
     async def change(self, work: Callable[[Database], T]) -> T:
-        """Run a change of keys and wait until the keys in memory have it. Raises `StoreUnavailable`.
+        """Run a change of keys and wait until the keys in memory have it. Raises `StoreUnavailable` if it was not made,
+        and never will be; `Unsure` if nobody knows.
 
         It runs in the writer's thread, between two groups: on a connection of its own it would wait for the write lock
         for as long as calls keep coming.
@@ -258,7 +268,10 @@ class Store:
 
         def change(database: Database) -> T:
             result = work(database)
-            self._poll(database)
+            try:
+                self._poll(database)
+            except StoreUnavailable as error:
+                raise Unsure(str(error)) from None
             return result
 
         return await self._running.submit(WORK, change)  # type: ignore[no-any-return]
