@@ -287,7 +287,7 @@ async def test_energy_adds_up(tmp_path):
 
 
 def test_the_store_needs_no_loop_to_be_made(tmp_path):
-    assert not Store(settings_for(tmp_path), lambda changes: None).healthy
+    assert not Store(settings_for(tmp_path), lambda changes, whole: None).healthy
 
 
 def test_rows_of_calls_under_way_are_renewed_and_end_with_their_record(database):

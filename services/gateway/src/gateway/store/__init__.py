@@ -72,9 +72,12 @@ class Started:
 
 
 class Store:
-    """Keys and ledger of one database. Made on the event loop; every method is called on it."""
+    """Keys and ledger of one database. Made on the event loop; every method is called on it.
 
-    def __init__(self, settings: Settings, on_keys: Callable[[accounts.Changes], None]) -> None:
+    `on_keys` gets keys that changed, and whether those are all there are.
+    """
+
+    def __init__(self, settings: Settings, on_keys: Callable[[accounts.Changes, bool], None]) -> None:
         self._settings = settings
         self._on_keys = on_keys
         self._database = Database(settings.database_url, busy_seconds=2.0)
@@ -111,7 +114,7 @@ class Store:
             self._database.disown()
             raise
         self._writer = thread
-        self._on_keys(changes)
+        self._on_keys(changes, True)
         return started  # type: ignore[no-any-return]
 
     def _open(self, database: Database) -> tuple[Started, accounts.Changes]:
@@ -294,11 +297,13 @@ class Store:
         with database.limited(writer.COMMIT_SECONDS):
             now = accounts.generation(database)
             if now != self._generation:
-                # A smaller number: an older database was put in its place.
-                changes = accounts.changes_since(database, self._generation if now > self._generation else -1)
+                older = now < self._generation  # another database was put in its place: what was read counts no more
+                changes = accounts.changes_since(database, -1 if older else self._generation)
                 self._generation = now
+                if older:
+                    logger.warning("database_older", keys=len(changes))
                 assert self._loop is not None
-                self._loop.call_soon_threadsafe(self._on_keys, changes)
+                self._loop.call_soon_threadsafe(self._on_keys, changes, older)
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_SECONDS
             with database.limited(writer.WORK_SECONDS):
