@@ -257,16 +257,6 @@ class TestSeeding:
         assert [(k.id, k.disabled) for k in accounts.keys(database) if k.name == "made"] == [(key.id, False)]
 
 
-def test_old_records_go_and_totals_stay(database):
-    old = time.time() - 100 * 86_400
-    records = [record(f"old{n}", started_at=old) for n in range(700)] + [record(f"new{n}") for n in range(10)]
-    batch.write(database, batch.Group(records=records))
-    before = time.time() - 90 * 86_400
-    assert [reports.forget(database, before) for _ in range(3)] == [500, 200, 0]
-    assert database.rows("SELECT COUNT(*) FROM usage_records") == [(10,)]
-    assert database.rows("SELECT requests FROM daily_totals") == [(710,)]
-
-
 async def test_retention_runs_by_itself(tmp_path):
     async with stages(tmp_path, USAGE_RETENTION_DAYS=1) as made:
         old = time.time() - 2 * 86_400

@@ -29,6 +29,7 @@ from gateway.store.connection import (
     journal_path,
     spool_folder,
 )
+from gateway.store.retention import Retention
 from gateway.store.schema import migrate
 from gateway.store.writer import ENERGY, HOLDS, SETTLE, WORK, Writer, replay
 
@@ -91,6 +92,7 @@ class Store:
         self._generation = -1
         self._live: Callable[[], frozenset[str]] = frozenset
         self._next_sweep = 0.0
+        self._retention = Retention()
 
     # Life
 
@@ -314,5 +316,5 @@ class Store:
 
     def _forget(self, database: Database) -> None:
         days = self._settings.usage_retention_days
-        if days and reports.forget(database, time.time() - days * 86_400) == 500:
+        if days and self._retention.forget(database, time.time() - days * 86_400):
             self._next_sweep = time.monotonic()  # more to do; other work goes first

@@ -1,4 +1,4 @@
-"""Reading usage: totals by day, by key, organisation or model; and keeping the ledger's table small."""
+"""Reading usage: totals by day, by key, organisation or model."""
 
 # ruff: noqa: S608 - only names of our own schema are put into statements; values are always parameters
 
@@ -98,18 +98,3 @@ def last_days(database: Database, most: int = 3) -> list[str]:
     """The latest days that have totals, ISO dates, the latest first."""
     found = database.rows("SELECT DISTINCT day FROM daily_totals ORDER BY day DESC LIMIT ?", (most,))
     return [day for (day,) in found]
-
-
-def forget(database: Database, before: float, most: int = 500) -> int:
-    """Delete up to `most` of the oldest usage records that started before `before` (Unix seconds); totals stay.
-
-    Returns how many went. A small piece at a time: nobody waits long for the write lock.
-    """
-    with database.transaction():
-        return int(
-            database.run(
-                "DELETE FROM usage_records WHERE id IN (SELECT id FROM usage_records ORDER BY id LIMIT ?) "
-                "AND started_at < ?",
-                (most, before),
-            ).rowcount
-        )
