@@ -139,7 +139,7 @@ class KeyFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_d
         given = {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) is not msgspec.UNSET}
         for name in ("name", "organisation"):
             if name in given and not (name == "organisation" and given[name] is None):
-                given[name] = _label(name, given[name])
+                given[name] = label(name, given[name])
         for name in LIMIT_NAMES:
             if given.get(name) is not None and not 0 <= given[name] <= _MOST:
                 raise InvalidRequest(f"'{name}' must be 0 (no limit), a positive number or null.", param=name)
@@ -229,7 +229,8 @@ def _field_in(told: str) -> str | None:
     return found[1][:40] if found else None
 
 
-def _label(name: str, value: Any) -> str:
+def label(name: str, value: Any) -> str:
+    """What people call a key or an organisation, without spaces around it. Raises `InvalidRequest` naming `name`."""
     if not isinstance(value, str) or not (text := value.strip()) or len(text) > 200 or not text.isprintable():
         raise InvalidRequest(f"'{name}' must be 1 to 200 printable characters.", param=name)
     return text

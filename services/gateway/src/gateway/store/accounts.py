@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.keys import LIMIT_NAMES, Key, KeyNotFound, Secret, digest_of, new_key_id, new_secret
+from gateway.keys import LIMIT_NAMES, Key, KeyNotFound, Secret, digest_of, label, new_key_id, new_secret
 from gateway.store.connection import Database
 
 Changes = list[tuple[Key, list[Secret]]]
@@ -234,7 +234,11 @@ def delete(database: Database, key_id: str, actor: str) -> None:
 
 
 def set_organisation(database: Database, name: str, daily_tokens: int | None, actor: str) -> dict[str, Any]:
-    """Give an organisation a daily quota over all its keys; None or 0 takes it away. Creates it if it is new."""
+    """Give an organisation a daily quota over all its keys; None or 0 takes it away. Creates it if it is new.
+
+    Raises `InvalidRequest` for a name that no key can have.
+    """
+    name = label("organisation", name)
     with database.transaction():
         _ensure_organisation(database, name)
         database.run("UPDATE organisations SET daily_tokens = ? WHERE name = ?", (daily_tokens, name))
