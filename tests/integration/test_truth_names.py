@@ -30,3 +30,20 @@ def test_an_organisation_has_one_name_however_it_is_written(gateway: GatewayProc
     assert (refused.returncode, refused.stderr) == (1, "keys: 'organisation' must be 1 to 200 printable characters.\n")
     organisations = gateway.admin("GET", "/admin/organisations").json["data"]
     assert organisations == [{"name": "acme", "daily_tokens": 7, "keys": 0}]
+
+
+@pytest.mark.parametrize("key_id", ["key_%00", "%00", "key_%C3%A9", "key_%EF%BF%BF", "x" * 5000])
+def test_a_key_that_cannot_be_is_not_found_and_the_ledger_does_not_hear_of_it(
+    gateway: GatewayProcess, key_id: str
+) -> None:
+    for method, path, body in (
+        ("GET", "", None),
+        ("PATCH", "", {"daily_tokens": 5}),
+        ("POST", "/rotate", {}),
+        ("POST", "/disable", None),
+        ("DELETE", "", None),
+    ):
+        answer = gateway.admin(method, f"/admin/keys/{key_id}{path}", body)
+        assert (answer.status, answer.code) == (404, "key_not_found")
+    assert "gateway_ledger_failures_total 0" in gateway.get("/metrics").body.decode()
+    assert gateway.get("/ready").status == 200

@@ -75,8 +75,10 @@ def keys(database: Database) -> list[Key]:
 
 
 def key(database: Database, key_id: str) -> Key:
-    """One key. Raises `KeyNotFound`, also for a deleted one."""
-    found = database.rows(_SELECT + "WHERE k.deleted_at IS NULL AND k.id = ?", (key_id,))
+    """One key. Raises `KeyNotFound`, also for a deleted one. Every id from outside comes here first."""
+    found = []
+    if key_id.isascii() and key_id.isprintable():  # PostgreSQL refuses a NUL as if the database were broken
+        found = database.rows(_SELECT + "WHERE k.deleted_at IS NULL AND k.id = ?", (key_id,))
     if not found:
         raise KeyNotFound("No key has this id.")
     return _key(found[0])
