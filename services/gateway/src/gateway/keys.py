@@ -238,6 +238,6 @@ def label(name: str, value: Any) -> str:
 
 def _models(value: list[str]) -> list[str]:
     models = sorted({model.strip() for model in value})
-    if not models or len(models) > 1000 or not all(0 < len(model) <= 200 for model in models):
+    if not models or len(models) > 1000 or not all(0 < len(model) <= 200 and model.isprintable() for model in models):
         raise InvalidRequest("'models' must be a list of model names, or null for all.", param="models")
     return models
