@@ -309,10 +309,16 @@ class Store:
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_SECONDS
             with database.limited(writer.WORK_SECONDS):
-                lost = recovery.settle_orphans(database, time.time(), live=self._live(), expired_only=True)
+                lost = recovery.settle_orphans(database, time.time(), ours=self._ours())
                 if lost:
                     logger.warning("holds_expired", calls=lost)
                 self._forget(database)
+
+    def _ours(self) -> Callable[[str], bool]:
+        """Tells request ids of calls that run here, or whose records are on their way. In the writer's thread: a call
+        that ends meanwhile is known before it is gone from those that run, so these are read first."""
+        live = self._live()
+        return lambda request_id: request_id in live or self.knows(request_id)
 
     def _forget(self, database: Database) -> None:
         days = self._settings.usage_retention_days

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -134,19 +134,16 @@ def settle_orphans(
     now: float,
     *,
     left: Sequence[Left] = (),
-    live: frozenset[str] = frozenset(),
-    expired_only: bool = False,
+    ours: Callable[[str], bool] | None = None,
 ) -> int:
     """Settle calls that nobody runs any more at their last known usage, outcome `lost`; returns how many.
 
     At start (this process is the only owner) those are all that the journal has (`left`) and all rows of `holds`, which
-    outlive the loss of the journal; of a call that is in both the larger usage counts. Later, those whose lease is
-    over.
+    outlive the loss of the journal; of a call that is in both the larger usage counts. Later, with `ours`, those whose
+    lease is over and whose request id is not `ours`: a lease ends by the time of day, which may step.
     """
-    text = f"SELECT {', '.join(HOLD_COLUMNS)} FROM holds" + (" WHERE expires_at < ?" if expired_only else "")
-    rows = {
-        row[0]: dict(zip(HOLD_COLUMNS, row, strict=True)) for row in database.rows(text, (now,) if expired_only else ())
-    }
+    text = f"SELECT {', '.join(HOLD_COLUMNS)} FROM holds" + (" WHERE expires_at < ?" if ours else "")
+    rows = {row[0]: dict(zip(HOLD_COLUMNS, row, strict=True)) for row in database.rows(text, (now,) if ours else ())}
     records = []
     for call in left:
         known = (call.prompt, call.completion, call.cached)
@@ -157,7 +154,7 @@ def settle_orphans(
             known = max(known, noted, key=lambda usage: usage[0] + usage[1])
         records.append(_lost(call.held, known, now))
     for row in rows.values():
-        if row["request_id"] not in live:
+        if ours is None or not ours(row["request_id"]):
             held = Held(
                 **{name: row[name] for name in Held.__struct_fields__ if name != "stream"}, stream=bool(row["stream"])
             )
