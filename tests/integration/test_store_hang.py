@@ -7,12 +7,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from tests.doubles.postgres import postgres, programs
-from tests.doubles.stages import stages
+from tests.doubles.stages import SECRET, stages
 from tests.doubles.waiting import until
 
 from gateway.call import Outcome
 from gateway.errors import LedgerUnavailable
-from gateway.store import StoreUnavailable, batch, writer
+from gateway.keys import digest_of
+from gateway.store import StoreUnavailable, Unsure, accounts, batch, writer
 
 needs_postgres = pytest.mark.skipif(
     programs() is None, reason="PostgreSQL is not installed (Debian: apt-get install postgresql)"
@@ -208,6 +209,57 @@ async def test_a_disk_that_hangs_keeps_nobody_waiting_and_loses_nothing(tmp_path
         await until("it heals", lambda: made.ledger.healthy)
         await made.end(calls[2])
         assert made.rows("SELECT COUNT(*), SUM(prompt_tokens) FROM usage_records WHERE outcome = 'ok'") == [(3, 30)]
+
+
+@pytest.mark.parametrize("left", [False, True])
+async def test_a_change_that_was_refused_is_not_made_later(tmp_path, monkeypatch, left):
+    """Neither when the database took too long for what came before it, nor when who asked for it hung up."""
+    if not left:
+        monkeypatch.setattr(writer, "STALL_SECONDS", 0.5)
+    go_on = threading.Event()
+    write, stuck = batch.write, threading.Event()
+
+    def hanging(database, group):
+        stuck.set()
+        go_on.wait(120)
+        return write(database, group)
+
+    async with stages(tmp_path) as made:
+        key_id = made.call().caller.key_id
+        call = made.call()
+        await made.budget.hold(call)
+        monkeypatch.setattr(batch, "write", hanging)
+        end = asyncio.create_task(made.end(call))
+        await until("the disk hangs", stuck.is_set)
+        rotation = asyncio.create_task(made.store.change(lambda db: accounts.rotate(db, key_id, 0, "admin")))
+        await asyncio.sleep(0)
+        if left:
+            rotation.cancel()
+        told = (await asyncio.gather(rotation, return_exceptions=True))[0]
+        assert type(told) is (asyncio.CancelledError if left else StoreUnavailable)
+        go_on.set()
+        await asyncio.gather(end, return_exceptions=True)
+        await until("it heals", lambda: made.ledger.healthy)
+        await made.store.change(lambda _: None)
+        assert made.keyring.find(digest_of(SECRET)).not_after is None
+        assert made.rows("SELECT COUNT(*) FROM audit WHERE actor = 'admin'") == [(0,)]
+        made.close(call)
+
+
+async def test_a_change_that_hangs_halfway_is_told_as_unsure(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "STALL_SECONDS", 0.5)
+    go_on = threading.Event()
+
+    def slow(database):
+        go_on.wait(120)
+        return accounts.create(database, {"name": "late"}, "admin")
+
+    async with stages(tmp_path) as made:
+        works = (lambda _: None, slow, lambda _: None)  # made and not yet told, being made, not begun
+        told = await asyncio.gather(*map(made.store.change, works), return_exceptions=True)
+        assert [type(error) for error in told] == [Unsure, Unsure, StoreUnavailable]
+        go_on.set()
+        await until("it is made all the same", lambda: len(list(made.keyring.callers())) == 2)
 
 
 @needs_postgres

@@ -36,6 +36,7 @@ def body(**fields) -> bytes:
         (body(name="a", daily_tokens=True), "daily_tokens"),
         (body(name="a", disabled=True), "disabled"),
         (body(name="a", models=[1]), "models"),
+        (body(name="a", models=["a\x1b[31m"]), "models"),
         (b"[]", None),
         (b'{"name": "a"', None),
         (b"\xff", None),
@@ -147,3 +148,18 @@ class TestCommandLine:
         capsys.readouterr()
         assert cli_keys.run(["list"], broken) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+    def test_a_change_of_nothing_is_wrong_use(self, gateway, capsys):
+        key_id = gateway("create", "--name", "x")["id"]
+        with pytest.raises(SystemExit) as end:
+            cli_keys.run(["limit", key_id], gateway.settings)
+        assert end.value.code == 2
+        assert "--daily-tokens" in capsys.readouterr().err
+        assert [row["action"] for row in gateway("audit")["data"]] == ["key_created"]
+
+    @pytest.mark.parametrize("option", ["--models", "--name", "--organisation", "--expires-at"])
+    def test_bytes_that_are_no_text_are_refused(self, gateway, option):
+        """As the shell hands them over."""
+        key_id = gateway("create", "--name", "x")["id"]
+        assert gateway("limit", key_id, option, "\udcff", status=1)["error"]["code"] == "invalid_request"
+        assert gateway("show", "\udcff", status=1)["error"]["code"] == "key_not_found"

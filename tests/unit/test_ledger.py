@@ -3,12 +3,14 @@
 import asyncio
 import sqlite3
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from tests.doubles.stages import Clock, Stages, settings_for, stages
 from tests.doubles.waiting import until
 
+from gateway import store
 from gateway.call import Outcome, Usage
 from gateway.errors import InvalidRequest, LedgerUnavailable, QueueFull
 from gateway.spool import Spool
@@ -241,6 +243,35 @@ async def test_a_hold_whose_lease_is_over_is_settled_by_the_sweeper(tmp_path):
         await until("swept", lambda: made.rows("SELECT outcome FROM usage_records") == [("lost",)])
         assert made.rows("SELECT request_id FROM holds") == [(live.request_id,)]
         await made.end(live)
+
+
+async def test_a_clock_that_steps_sweeps_no_call_that_has_just_ended(tmp_path, monkeypatch):
+    """Its record is on the way while the sweeper looks: what is booked is the record, not the last known usage."""
+    async with stages(tmp_path) as made:
+        call = made.call()
+        await made.budget.hold(call)
+        await until("its row", lambda: made.rows("SELECT COUNT(*) FROM holds") == [(1,)])
+        loop, live, ended = asyncio.get_running_loop(), made.store._live, threading.Event()
+
+        def end() -> None:
+            call.usage, call.outcome = Usage(100, 500, 0, known=True), Outcome.CANCELLED
+            made.close(call)
+            ended.set()
+
+        def ends_at_that_moment():
+            loop.call_soon_threadsafe(end)
+            ended.wait(60)
+            return live()
+
+        now = time.time
+        later = SimpleNamespace(time=lambda: now() + 3600, monotonic=time.monotonic)
+        monkeypatch.setattr(store, "time", later)
+        monkeypatch.setattr(made.store, "_live", ends_at_that_moment)
+        made.store._next_sweep = 0.0
+        await until("it is recorded", lambda: made.rows("SELECT COUNT(*) FROM usage_records") == [(1,)])
+        read = "SELECT outcome, prompt_tokens + completion_tokens FROM usage_records"
+        assert made.rows(read) == [("cancelled", 600)]
+        assert made.rows("SELECT COUNT(*) FROM holds") == [(0,)]
 
 
 async def test_the_ledgers_tick_outlives_a_fault(tmp_path):

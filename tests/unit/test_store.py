@@ -15,7 +15,18 @@ from gateway.call import Usage
 from gateway.errors import InvalidApiKey
 from gateway.journal import Held
 from gateway.keys import KeyNotFound, digest_of
-from gateway.store import Database, Store, StoreLocked, StoreNewer, StoreUnavailable, accounts, batch, migrate, reports
+from gateway.store import (
+    Database,
+    Store,
+    StoreLocked,
+    StoreNewer,
+    StoreUnavailable,
+    accounts,
+    batch,
+    migrate,
+    reports,
+    seeding,
+)
 from gateway.store.schema import MIGRATIONS, TABLES, USAGE_COLUMNS
 
 
@@ -204,56 +215,46 @@ class TestSeeding:
         return found
 
     def test_they_exist_and_only_once(self, database):
-        accounts.seed(database, "a=alpha-secret, beta-secret ,,")
+        seeding.seed(database, "a=alpha-secret, beta-secret ,,")
         assert self.valid(database) == {"alpha-secret": "a", "beta-secret": "environment-2"}
         ids = [key.id for key in accounts.keys(database)]
         generation = accounts.generation(database)
-        accounts.seed(database, "beta-secret,a=alpha-secret")
+        seeding.seed(database, "beta-secret,a=alpha-secret")
         assert [key.id for key in accounts.keys(database)] == ids
         assert accounts.generation(database) == generation
 
     def test_what_left_the_variable_is_revoked_and_may_come_back(self, database):
-        accounts.seed(database, "a=alpha-secret,b=beta-secret")
-        accounts.seed(database, "a=alpha-secret")
+        seeding.seed(database, "a=alpha-secret,b=beta-secret")
+        seeding.seed(database, "a=alpha-secret")
         assert self.valid(database) == {"alpha-secret": "a"}
-        accounts.seed(database, None)
+        seeding.seed(database, None)
         assert self.valid(database) == {}
-        accounts.seed(database, "a=alpha-secret,b=beta-secret")
+        seeding.seed(database, "a=alpha-secret,b=beta-secret")
         assert self.valid(database) == {"alpha-secret": "a", "beta-secret": "b"}
         assert len(accounts.keys(database)) == 2
 
     def test_a_new_secret_of_a_named_key_keeps_its_id(self, database):
-        accounts.seed(database, "a=alpha-secret")
+        seeding.seed(database, "a=alpha-secret")
         before = accounts.keys(database)[0].id
-        accounts.seed(database, "a=gamma-secret")
+        seeding.seed(database, "a=gamma-secret")
         assert self.valid(database) == {"gamma-secret": "a"}
         assert [key.id for key in accounts.keys(database)] == [before]
 
     def test_what_an_operator_decided_stays(self, database):
-        accounts.seed(database, "a=alpha-secret,b=beta-secret")
+        seeding.seed(database, "a=alpha-secret,b=beta-secret")
         a, b = accounts.keys(database)
         accounts.set_disabled(database, a.id, True, "test")
         accounts.delete(database, b.id, "test")
-        done = accounts.seed(database, "a=alpha-secret,b=beta-secret")
+        done = seeding.seed(database, "a=alpha-secret,b=beta-secret")
         assert done["deleted"] == 1
         assert [(key.name, key.disabled) for key in accounts.keys(database)] == [("a", True)]
         assert self.valid(database) == {"alpha-secret": "a"}
 
     def test_a_key_made_by_an_operator_is_not_touched(self, database):
         key, _ = accounts.create(database, {"name": "made"}, "test")
-        accounts.seed(database, "a=alpha-secret")
-        accounts.seed(database, None)
+        seeding.seed(database, "a=alpha-secret")
+        seeding.seed(database, None)
         assert [(k.id, k.disabled) for k in accounts.keys(database) if k.name == "made"] == [(key.id, False)]
-
-
-def test_old_records_go_and_totals_stay(database):
-    old = time.time() - 100 * 86_400
-    records = [record(f"old{n}", started_at=old) for n in range(700)] + [record(f"new{n}") for n in range(10)]
-    batch.write(database, batch.Group(records=records))
-    before = time.time() - 90 * 86_400
-    assert [reports.forget(database, before) for _ in range(3)] == [500, 200, 0]
-    assert database.rows("SELECT COUNT(*) FROM usage_records") == [(10,)]
-    assert database.rows("SELECT requests FROM daily_totals") == [(710,)]
 
 
 async def test_retention_runs_by_itself(tmp_path):
@@ -276,7 +277,7 @@ async def test_energy_adds_up(tmp_path):
 
 
 def test_the_store_needs_no_loop_to_be_made(tmp_path):
-    assert not Store(settings_for(tmp_path), lambda changes: None).healthy
+    assert not Store(settings_for(tmp_path), lambda changes, whole: None).healthy
 
 
 def test_rows_of_calls_under_way_are_renewed_and_end_with_their_record(database):

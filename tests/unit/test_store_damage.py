@@ -6,7 +6,9 @@ import pytest
 from tests.doubles.records import record
 from tests.doubles.stages import SECRET, Stages, settings_for, stages
 
-from gateway.store import Database, StoreUnavailable, accounts, batch, migrate, reports
+from gateway.errors import InvalidApiKey
+from gateway.keys import digest_of
+from gateway.store import Database, StoreUnavailable, batch, migrate, reports, schema, seeding
 
 
 def fill(path, calls: int) -> None:
@@ -14,7 +16,7 @@ def fill(path, calls: int) -> None:
     database = Database(f"sqlite:///{path}")
     with database.session():
         migrate(database)
-        accounts.seed(database, f"team={SECRET}")
+        seeding.seed(database, f"team={SECRET}")
         for start in range(0, calls, 500):
             batch.write(database, batch.Group(records=[record(f"r{start + n}") for n in range(500)]))
         database.run("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -67,3 +69,33 @@ async def test_a_locked_or_healthy_file_is_never_set_aside(tmp_path):
     async with stages(tmp_path) as again:
         assert again.started.damaged is None
     assert [p.name for p in tmp_path.iterdir() if "damaged" in p.name] == []
+
+
+async def test_a_damaged_file_of_an_older_form_keeps_its_keys(tmp_path, monkeypatch):
+    """Its secrets lack the columns that came later; they open what they opened, and a start brings none back."""
+    path = tmp_path / "gateway.sqlite3"
+    database = Database(f"sqlite:///{path}")
+    with database.session():
+        with monkeypatch.context() as older:
+            older.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+            migrate(database)
+        database.run(
+            "INSERT INTO keys (id, name, priority, weight, disabled, origin, created_at, generation) "
+            "VALUES ('key_1', 'team', 'normal', 1, 0, 'environment', 0, 1)"
+        )
+        database.run(
+            "INSERT INTO audit (at, actor, action, subject, details) VALUES (0, 'a', 'key_rotated', 'key_1', '{}')"
+        )
+        for secret, end in ((SECRET, 5.0), ("sk-rotated-0123456789", None)):
+            database.run("INSERT INTO key_secrets VALUES (?, 'key_1', 0, ?)", (digest_of(secret), end))
+        for start in range(0, 2000, 500):
+            batch.write(database, batch.Group(records=[record(f"r{start + n}") for n in range(500)]))
+        database.run("PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xde\xad" * 8192)
+    async with stages(tmp_path) as made:
+        assert made.started.damaged is not None
+        assert made.call(secret="sk-rotated-0123456789").caller.name == "team"
+        with pytest.raises(InvalidApiKey):
+            made.call()

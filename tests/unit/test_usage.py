@@ -75,6 +75,12 @@ def test_csv_and_table_show_what_json_shows(settings, capsys):
     assert "(none)" in usage(settings, capsys, "--from", "2030-01-01")
 
 
+@pytest.mark.parametrize("by", ["key", "organisation", "model", "day"])
+def test_csv_has_its_head_line_without_any_rows(settings, capsys, by):
+    full = usage(settings, capsys, "--csv", "--by", by)
+    assert usage(settings, capsys, "--csv", "--by", by, "--from", "2030-01-01") == full.partition("\n")[0] + "\n"
+
+
 def test_joules_stand_where_they_were_measured(settings, capsys):
     database = Database(settings.database_url)
     with database.session():

@@ -14,7 +14,7 @@ from quart import Blueprint, Response, request
 
 from gateway.errors import CallerError, GatewayError, InvalidApiKey, InvalidRequest, LedgerUnavailable, MissingApiKey
 from gateway.keys import OrganisationFields, RotateFields, decode, decode_fields
-from gateway.store import Store, StoreUnavailable, accounts, reports
+from gateway.store import Store, StoreUnavailable, Unsure, accounts, reports
 
 if TYPE_CHECKING:
     from gateway.addresses import Addresses
@@ -58,8 +58,12 @@ def blueprint(
         return Response(error.json(), error.status, error.headers(), content_type="application/json")
 
     @routes.errorhandler(StoreUnavailable)
-    async def _unavailable(_: StoreUnavailable) -> Response:
-        return await _render(LedgerUnavailable("The database cannot be used at the moment."))
+    async def _unavailable(error: StoreUnavailable) -> Response:
+        if isinstance(error, Unsure):
+            return await _render(
+                LedgerUnavailable("The database did not answer: whether the change was made is not known. Look first.")
+            )
+        return await _render(LedgerUnavailable("The database cannot be used at the moment; nothing was changed."))
 
     @routes.before_request
     async def _guard() -> None:

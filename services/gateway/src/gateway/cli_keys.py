@@ -99,7 +99,10 @@ def _quota(used: int, limit: int) -> Answer:
 
 
 def _limit(database: Database, arguments: argparse.Namespace) -> Answer:
-    return accounts.change(database, arguments.id, _changes(arguments), _actor()).public()
+    changes = _changes(arguments)
+    if not changes:
+        arguments.wrong("give at least one thing to change, like --daily-tokens N")
+    return accounts.change(database, arguments.id, changes, _actor()).public()
 
 
 def _disable(database: Database, arguments: argparse.Namespace) -> Answer:
@@ -190,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, work: Callable[..., Answer], told: str, *, with_id: bool = False) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=told, description=told)
         added.add_argument("--json", action="store_true", help="one JSON object, as over HTTP")
-        added.set_defaults(work=work)
+        added.set_defaults(work=work, wrong=added.error)
         if with_id:
             added.add_argument("id", metavar="ID")
         return added

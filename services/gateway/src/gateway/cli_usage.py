@@ -36,10 +36,10 @@ def run(argv: Sequence[str], settings: Settings) -> int:
     if arguments.json:
         print(msgspec.json.encode({"data": rows}).decode())
         return 0
-    head = list(rows[0]) if rows else []
+    head = reports.columns(arguments.by)
     cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
     if arguments.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([head, *cells] if rows else [])
+        csv.writer(sys.stdout, lineterminator="\n").writerows([head, *cells])
     elif rows:
         table(cells, head)
     else:

@@ -1,8 +1,8 @@
 """The keys in memory: what `auth` looks up on every call.
 
 The database is the truth; this is its last good copy. Changes arrive as whole keys with all their secrets, so applying
-one twice, or after a newer one, does no harm (a key's `generation` only grows). While the database is away the copy
-stays as it is.
+one twice, or after a newer one, does no harm (a key's `generation` only grows). An older database in the place of the
+one that was read begins anew. While the database is away the copy stays as it is.
 """
 
 from __future__ import annotations
@@ -42,19 +42,24 @@ class Keyring:
         self.loaded = False
         self.on_revoked: Callable[[str, GatewayError], None] | None = None
 
-    def apply(self, changes: Iterable[tuple[Key, list[Secret]]]) -> None:
-        """Take over keys as they now are. Keys that stop being valid are told to `on_revoked`."""
+    def apply(self, changes: Iterable[tuple[Key, list[Secret]]], whole: bool = False) -> None:
+        """Take over keys as they now are. Keys that stop being valid are told to `on_revoked`.
+
+        `whole`: those are all keys there are, of a database whose generations began anew.
+        """
+        if whole:
+            changes = list(changes)
+            self._generations.clear()
+            for key_id in self._callers.keys() - {key.id for key, _ in changes}:
+                self._forget(key_id)
         for key, secrets in changes:
             if self._generations.get(key.id, -1) >= key.generation:
                 continue
             self._generations[key.id] = key.generation
-            before = self._digests.pop(key.id, ())
-            for digest in before:
-                self._entries.pop(digest, None)
             if key.deleted_at is not None:
-                self._callers.pop(key.id, None)
-                self._revoke(key.id, KeyDisabled("This key was deleted."))
+                self._forget(key.id)
                 continue
+            before = self._close(key.id)
             caller = key.caller(self._settings)
             self._callers[key.id] = caller
             for secret in secrets:
@@ -66,6 +71,18 @@ class Keyring:
                 # Every secret that a running call can have used was revoked at once (a leaked secret, say).
                 self._revoke(key.id, InvalidApiKey("The secret of this key was revoked."))
         self.loaded = True
+
+    def _close(self, key_id: str) -> tuple[bytes, ...]:
+        """Nothing opens this key any longer; returns what did."""
+        before = self._digests.pop(key_id, ())
+        for digest in before:
+            self._entries.pop(digest, None)
+        return before
+
+    def _forget(self, key_id: str) -> None:
+        self._close(key_id)
+        self._callers.pop(key_id, None)
+        self._revoke(key_id, KeyDisabled("This key was deleted."))
 
     def _revoke(self, key_id: str, cause: GatewayError) -> None:
         if self.on_revoked is not None:

@@ -34,7 +34,7 @@ class KeyNotFound(CallerError):
 
 @dataclass(slots=True)
 class Key:
-    """A key as it is stored. `models` None = all. Times are Unix seconds."""
+    """A key as it is stored. `models` None = all. Times are Unix seconds. `origin`: environment or made."""
 
     id: str
     name: str
@@ -49,6 +49,7 @@ class Key:
     limits: dict[str, int | None] = field(default_factory=dict)
     organisation_daily_tokens: int | None = None
     generation: int = 0
+    origin: str = "made"
 
     def public(self) -> dict[str, Any]:
         """The key as JSON shows it; never a secret."""
@@ -63,6 +64,7 @@ class Key:
             "expires_at": self.expires_at,
             "disabled": self.disabled,
             "created_at": self.created_at,
+            "origin": self.origin,
         }
 
     def caller(self, settings: Settings) -> Caller:
@@ -137,7 +139,7 @@ class KeyFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_d
         given = {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) is not msgspec.UNSET}
         for name in ("name", "organisation"):
             if name in given and not (name == "organisation" and given[name] is None):
-                given[name] = _label(name, given[name])
+                given[name] = label(name, given[name])
         for name in LIMIT_NAMES:
             if given.get(name) is not None and not 0 <= given[name] <= _MOST:
                 raise InvalidRequest(f"'{name}' must be 0 (no limit), a positive number or null.", param=name)
@@ -227,7 +229,8 @@ def _field_in(told: str) -> str | None:
     return found[1][:40] if found else None
 
 
-def _label(name: str, value: Any) -> str:
+def label(name: str, value: Any) -> str:
+    """What people call a key or an organisation, without spaces around it. Raises `InvalidRequest` naming `name`."""
     if not isinstance(value, str) or not (text := value.strip()) or len(text) > 200 or not text.isprintable():
         raise InvalidRequest(f"'{name}' must be 1 to 200 printable characters.", param=name)
     return text
@@ -235,6 +238,6 @@ def _label(name: str, value: Any) -> str:
 
 def _models(value: list[str]) -> list[str]:
     models = sorted({model.strip() for model in value})
-    if not models or len(models) > 1000 or not all(0 < len(model) <= 200 for model in models):
+    if not models or len(models) > 1000 or not all(0 < len(model) <= 200 and model.isprintable() for model in models):
         raise InvalidRequest("'models' must be a list of model names, or null for all.", param="models")
     return models

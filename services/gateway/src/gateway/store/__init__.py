@@ -19,8 +19,17 @@ from gateway.call import Usage, UsageRecord
 from gateway.journal import Held, Journal, JournalFull, Slot
 from gateway.settings import Settings
 from gateway.spool import Spool
-from gateway.store import accounts, batch, recovery, reports, writer
-from gateway.store.connection import Database, StoreLocked, StoreNewer, StoreUnavailable, journal_path, spool_folder
+from gateway.store import accounts, batch, recovery, reports, seeding, writer
+from gateway.store.connection import (
+    Database,
+    StoreLocked,
+    StoreNewer,
+    StoreUnavailable,
+    Unsure,
+    journal_path,
+    spool_folder,
+)
+from gateway.store.retention import Retention
 from gateway.store.schema import migrate
 from gateway.store.writer import ENERGY, HOLDS, SETTLE, WORK, Writer, replay
 
@@ -31,6 +40,7 @@ __all__ = [
     "StoreLocked",
     "StoreNewer",
     "StoreUnavailable",
+    "Unsure",
     "accounts",
     "migrate",
     "reports",
@@ -63,9 +73,12 @@ class Started:
 
 
 class Store:
-    """Keys and ledger of one database. Made on the event loop; every method is called on it."""
+    """Keys and ledger of one database. Made on the event loop; every method is called on it.
 
-    def __init__(self, settings: Settings, on_keys: Callable[[accounts.Changes], None]) -> None:
+    `on_keys` gets keys that changed, and whether those are all there are.
+    """
+
+    def __init__(self, settings: Settings, on_keys: Callable[[accounts.Changes, bool], None]) -> None:
         self._settings = settings
         self._on_keys = on_keys
         self._database = Database(settings.database_url, busy_seconds=2.0)
@@ -79,6 +92,7 @@ class Store:
         self._generation = -1
         self._live: Callable[[], frozenset[str]] = frozenset
         self._next_sweep = 0.0
+        self._retention = Retention()
 
     # Life
 
@@ -102,7 +116,7 @@ class Store:
             self._database.disown()
             raise
         self._writer = thread
-        self._on_keys(changes)
+        self._on_keys(changes, True)
         return started  # type: ignore[no-any-return]
 
     def _open(self, database: Database) -> tuple[Started, accounts.Changes]:
@@ -129,7 +143,7 @@ class Store:
             logger.info("spool_replayed", records=started.replayed)
         self._recover(database, started)
         configured = self._settings.gateway_api_keys
-        started.seeded = accounts.seed(database, configured.get_secret_value() if configured else None)
+        started.seeded = seeding.seed(database, configured.get_secret_value() if configured else None)
         if started.seeded["deleted"]:
             logger.warning("seeded_keys_deleted", keys=started.seeded["deleted"])
         self._generation = accounts.generation(database)
@@ -250,7 +264,8 @@ class Store:
         return await asyncio.to_thread(self._session, work)
 
     async def change(self, work: Callable[[Database], T]) -> T:
-        """Run a change of keys and wait until the keys in memory have it. Raises `StoreUnavailable`.
+        """Run a change of keys and wait until the keys in memory have it. Raises `StoreUnavailable` if it was not made,
+        and never will be; `Unsure` if nobody knows.
 
         It runs in the writer's thread, between two groups: on a connection of its own it would wait for the write lock
         for as long as calls keep coming.
@@ -258,7 +273,10 @@ class Store:
 
         def change(database: Database) -> T:
             result = work(database)
-            self._poll(database)
+            try:
+                self._poll(database)
+            except StoreUnavailable as error:
+                raise Unsure(str(error)) from None
             return result
 
         return await self._running.submit(WORK, change)  # type: ignore[no-any-return]
@@ -281,20 +299,28 @@ class Store:
         with database.limited(writer.COMMIT_SECONDS):
             now = accounts.generation(database)
             if now != self._generation:
-                # A smaller number: an older database was put in its place.
-                changes = accounts.changes_since(database, self._generation if now > self._generation else -1)
+                older = now < self._generation  # another database was put in its place: what was read counts no more
+                changes = accounts.changes_since(database, -1 if older else self._generation)
                 self._generation = now
+                if older:
+                    logger.warning("database_older", keys=len(changes))
                 assert self._loop is not None
-                self._loop.call_soon_threadsafe(self._on_keys, changes)
+                self._loop.call_soon_threadsafe(self._on_keys, changes, older)
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_SECONDS
             with database.limited(writer.WORK_SECONDS):
-                lost = recovery.settle_orphans(database, time.time(), live=self._live(), expired_only=True)
+                lost = recovery.settle_orphans(database, time.time(), ours=self._ours())
                 if lost:
                     logger.warning("holds_expired", calls=lost)
                 self._forget(database)
 
+    def _ours(self) -> Callable[[str], bool]:
+        """Tells request ids of calls that run here, or whose records are on their way. In the writer's thread: a call
+        that ends meanwhile is known before it is gone from those that run, so these are read first."""
+        live = self._live()
+        return lambda request_id: request_id in live or self.knows(request_id)
+
     def _forget(self, database: Database) -> None:
         days = self._settings.usage_retention_days
-        if days and reports.forget(database, time.time() - days * 86_400) == 500:
+        if days and self._retention.forget(database, time.time() - days * 86_400):
             self._next_sweep = time.monotonic()  # more to do; other work goes first

@@ -1,4 +1,4 @@
-"""Keys and organisations in the database: reading, changing, seeding. Every change leaves an audit row.
+"""Keys and organisations in the database: reading and changing. Every change leaves an audit row.
 
 Each change takes the next `generation` and stamps the keys that it touches with it, in one transaction; a running
 gateway sees the number move and loads what is newer than what it has. Deleted keys stay as rows (usage hangs on their
@@ -15,15 +15,15 @@ from typing import Any
 
 import msgspec
 
-from gateway.keys import LIMIT_NAMES, Key, KeyNotFound, Secret, digest_of, new_key_id, new_secret
-from gateway.settings import split_keys
+from gateway.keys import LIMIT_NAMES, Key, KeyNotFound, Secret, digest_of, label, new_key_id, new_secret
 from gateway.store.connection import Database
 
 Changes = list[tuple[Key, list[Secret]]]
+OPERATOR, ENVIRONMENT = "operator", "environment"  # who made a secret, and who ended it
 _KEY_COLUMNS = ("name", "organisation", "models", "priority", "weight", "expires_at", "disabled")
 _SELECT = (
     "SELECT k.id, k.name, k.organisation, k.models, k.priority, k.weight, k.expires_at, k.disabled, k.created_at, "
-    "k.deleted_at, k.generation, o.daily_tokens, "
+    "k.deleted_at, k.generation, k.origin, o.daily_tokens, "
     + ", ".join(f"l.{name}" for name in LIMIT_NAMES)
     + " FROM keys k LEFT JOIN limits l ON l.key_id = k.id LEFT JOIN organisations o ON o.name = k.organisation "
 )
@@ -42,8 +42,9 @@ def _key(row: Sequence[Any]) -> Key:
         created_at=row[8],
         deleted_at=row[9],
         generation=row[10],
-        organisation_daily_tokens=row[11],
-        limits=dict(zip(LIMIT_NAMES, row[12:], strict=True)),
+        origin=row[11],
+        organisation_daily_tokens=row[12],
+        limits=dict(zip(LIMIT_NAMES, row[13:], strict=True)),
     )
 
 
@@ -74,8 +75,10 @@ def keys(database: Database) -> list[Key]:
 
 
 def key(database: Database, key_id: str) -> Key:
-    """One key. Raises `KeyNotFound`, also for a deleted one."""
-    found = database.rows(_SELECT + "WHERE k.deleted_at IS NULL AND k.id = ?", (key_id,))
+    """One key. Raises `KeyNotFound`, also for a deleted one. Every id from outside comes here first."""
+    found = []
+    if key_id.isascii() and key_id.isprintable():  # PostgreSQL refuses a NUL as if the database were broken
+        found = database.rows(_SELECT + "WHERE k.deleted_at IS NULL AND k.id = ?", (key_id,))
     if not found:
         raise KeyNotFound("No key has this id.")
     return _key(found[0])
@@ -100,14 +103,16 @@ def _next(database: Database) -> int:
     return generation(database)
 
 
-def _audit(database: Database, actor: str, action: str, subject: str, details: dict[str, Any]) -> None:
+def audit(database: Database, actor: str, action: str, subject: str, details: dict[str, Any]) -> None:
+    """Who did what to whom, for `reports.audit`."""
     database.run(
         "INSERT INTO audit (at, actor, action, subject, details) VALUES (?, ?, ?, ?, ?)",
         (time.time(), actor, action, subject, msgspec.json.encode(details).decode()),
     )
 
 
-def _touch(database: Database, key_id: str) -> None:
+def touch(database: Database, key_id: str) -> None:
+    """Let a running gateway see that a key has changed."""
     database.run("UPDATE keys SET generation = ? WHERE id = ?", (_next(database), key_id))
 
 
@@ -129,7 +134,8 @@ def _columns(values: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _insert(database: Database, values: dict[str, Any], origin: str) -> str:
+def insert(database: Database, values: dict[str, Any], origin: str) -> str:
+    """A new key without a secret; returns its id."""
     key_id = new_key_id()
     _ensure_organisation(database, values.get("organisation"))
     row = {
@@ -154,11 +160,20 @@ def _insert(database: Database, values: dict[str, Any], origin: str) -> str:
     return key_id
 
 
-def _add_secret(database: Database, key_id: str, secret: str) -> None:
-    # Valid from the beginning of time: a clock that is set back must not lock a key out.
+def add_secret(database: Database, key_id: str, secret: str, made_by: str) -> None:
+    """One more secret, valid from the beginning of time: a clock that is set back must not lock a key out."""
     database.run(
-        "INSERT INTO key_secrets (digest, key_id, not_before, not_after) VALUES (?, ?, 0, NULL)",
-        (digest_of(secret), key_id),
+        "INSERT INTO key_secrets (digest, key_id, not_before, not_after, made_by) VALUES (?, ?, 0, NULL, ?)",
+        (digest_of(secret), key_id, made_by),
+    )
+
+
+def _end_secrets(database: Database, key_id: str, end: float) -> None:
+    """All secrets of a key end at `end`, or have ended; no start brings one back, whatever the variable says."""
+    database.run(
+        "UPDATE key_secrets SET not_after = CASE WHEN not_after <= ? THEN not_after ELSE ? END, ended_by = ? "
+        "WHERE key_id = ?",
+        (end, end, OPERATOR, key_id),
     )
 
 
@@ -166,9 +181,9 @@ def create(database: Database, values: dict[str, Any], actor: str) -> tuple[Key,
     """A new key with one secret; the secret is returned and never again. `values`: `KeyFields.changes()`."""
     secret = new_secret()
     with database.transaction():
-        key_id = _insert(database, values, "made")
-        _add_secret(database, key_id, secret)
-        _audit(database, actor, "key_created", key_id, values)
+        key_id = insert(database, values, "made")
+        add_secret(database, key_id, secret, OPERATOR)
+        audit(database, actor, "key_created", key_id, values)
         return key(database, key_id), secret
 
 
@@ -185,8 +200,8 @@ def change(database: Database, key_id: str, values: dict[str, Any], actor: str, 
             if row:
                 sets = ", ".join(f"{name} = ?" for name in row)
                 database.run(f"UPDATE {table} SET {sets} WHERE {column} = ?", [*row.values(), key_id])
-        _touch(database, key_id)
-        _audit(database, actor, action, key_id, values)
+        touch(database, key_id)
+        audit(database, actor, action, key_id, values)
         return key(database, key_id)
 
 
@@ -202,14 +217,10 @@ def rotate(database: Database, key_id: str, grace_seconds: float, actor: str) ->
     now = time.time()
     with database.transaction():
         key(database, key_id)
-        end = now + grace_seconds
-        database.run(
-            "UPDATE key_secrets SET not_after = ? WHERE key_id = ? AND (not_after IS NULL OR not_after > ?)",
-            (end, key_id, end),
-        )
-        _add_secret(database, key_id, secret)
-        _touch(database, key_id)
-        _audit(database, actor, "key_rotated", key_id, {"grace_seconds": grace_seconds})
+        _end_secrets(database, key_id, now + grace_seconds)
+        add_secret(database, key_id, secret, OPERATOR)
+        touch(database, key_id)
+        audit(database, actor, "key_rotated", key_id, {"grace_seconds": grace_seconds})
     return secret
 
 
@@ -219,70 +230,20 @@ def delete(database: Database, key_id: str, actor: str) -> None:
     with database.transaction():
         key(database, key_id)
         database.run("UPDATE keys SET deleted_at = ? WHERE id = ?", (now, key_id))
-        database.run(
-            "UPDATE key_secrets SET not_after = ? WHERE key_id = ? AND (not_after IS NULL OR not_after > ?)",
-            (now, key_id, now),
-        )
-        _touch(database, key_id)
-        _audit(database, actor, "key_deleted", key_id, {})
+        _end_secrets(database, key_id, now)
+        touch(database, key_id)
+        audit(database, actor, "key_deleted", key_id, {})
 
 
 def set_organisation(database: Database, name: str, daily_tokens: int | None, actor: str) -> dict[str, Any]:
-    """Give an organisation a daily quota over all its keys; None or 0 takes it away. Creates it if it is new."""
+    """Give an organisation a daily quota over all its keys; None or 0 takes it away. Creates it if it is new.
+
+    Raises `InvalidRequest` for a name that no key can have.
+    """
+    name = label("organisation", name)
     with database.transaction():
         _ensure_organisation(database, name)
         database.run("UPDATE organisations SET daily_tokens = ? WHERE name = ?", (daily_tokens, name))
         database.run("UPDATE keys SET generation = ? WHERE organisation = ?", (_next(database), name))
-        _audit(database, actor, "organisation_changed", name, {"daily_tokens": daily_tokens})
+        audit(database, actor, "organisation_changed", name, {"daily_tokens": daily_tokens})
         return next(o for o in organisations(database) if o["name"] == name)
-
-
-# Seeding
-
-
-def seed(database: Database, configured: str | None) -> dict[str, int]:
-    """Make the keys of `GATEWAY_API_KEYS` (`name=secret` or `secret`, comma-separated) exist, and only those.
-
-    A secret that left the variable is revoked; a changed secret of a named key replaces the old one; a key that an
-    operator disabled or deleted stays so. Returns how many were created, revoked and left deleted.
-    """
-    wanted = {digest_of(secret): (name, secret) for name, secret in split_keys(configured or "")}
-    done = {"created": 0, "revoked": 0, "deleted": 0}
-    with database.transaction():
-        now = time.time()
-        seeded = {
-            bytes(digest): (key_id, name, deleted_at, not_after)
-            for digest, key_id, name, deleted_at, not_after in database.rows(
-                "SELECT s.digest, s.key_id, k.name, k.deleted_at, s.not_after FROM key_secrets s "
-                "JOIN keys k ON k.id = s.key_id WHERE k.origin = 'environment'"
-            )
-        }
-        for digest, (key_id, _, deleted_at, not_after) in seeded.items():
-            if digest not in wanted and deleted_at is None and not_after is None:
-                database.run("UPDATE key_secrets SET not_after = ? WHERE digest = ?", (now, digest))
-                _touch(database, key_id)
-                _audit(database, "environment", "secret_revoked", key_id, {})
-                done["revoked"] += 1
-        by_name = {name: key_id for key_id, name, deleted_at, _ in seeded.values() if deleted_at is None}
-        for number, (digest, (label, secret)) in enumerate(wanted.items(), start=1):
-            if digest in seeded:
-                key_id, _, deleted_at, not_after = seeded[digest]
-                if deleted_at is not None:
-                    done["deleted"] += 1
-                elif not_after is not None:
-                    database.run("UPDATE key_secrets SET not_after = NULL WHERE digest = ?", (digest,))
-                    _touch(database, key_id)
-                    _audit(database, "environment", "secret_restored", key_id, {})
-                continue
-            if database.rows("SELECT 1 FROM key_secrets WHERE digest = ?", (digest,)):
-                continue  # a key that an operator made; the variable repeats it
-            if label is not None and label in by_name:
-                key_id = by_name[label]
-                _touch(database, key_id)
-                _audit(database, "environment", "secret_replaced", key_id, {})
-            else:
-                key_id = _insert(database, {"name": label or f"environment-{number}"}, "environment")
-                _audit(database, "environment", "key_created", key_id, {"name": label})
-                done["created"] += 1
-            _add_secret(database, key_id, secret)
-    return done

@@ -32,6 +32,10 @@ class StoreUnavailable(Exception):
     """The database refuses or cannot be reached; nothing was changed."""
 
 
+class Unsure(StoreUnavailable):
+    """The database failed or stalled while it made a change: it may be made, or may still be."""
+
+
 class Taken(Exception):
     """A value that has to be the only one is there already; nothing was changed."""
 

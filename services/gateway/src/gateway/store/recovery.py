@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gateway.call import Outcome, UsageRecord
 from gateway.journal import Held, Left
 from gateway.store import batch
 from gateway.store.connection import Database, StoreUnavailable
-from gateway.store.schema import HOLD_COLUMNS, TABLES, migrate
+from gateway.store.schema import HOLD_COLUMNS, TABLES, WHO_MADE_AND_ENDED, migrate
 
 CHECK_SECONDS = 0.4  # start-up after a crash stays under a second however large the ledger is
 
@@ -76,11 +76,12 @@ def rescue(damaged: Path, database: Database) -> dict[str, int]:
     The damaged file is opened read-only in the sense that nothing of it is changed on purpose; its WAL may be read.
     """
     saved: dict[str, int] = {}
+    there: dict[str, list[str]] = {}
     migrate(database)
     source = sqlite3.connect(damaged, isolation_level=None)
     try:
         for table in TABLES:
-            columns = [row[1] for row in database.rows(f"PRAGMA table_info({table})")]
+            columns = there[table] = _columns(source, database, table)
             saved[table] = 0
             with database.transaction():
                 if table == "meta":
@@ -94,6 +95,9 @@ def rescue(damaged: Path, database: Database) -> dict[str, int]:
     finally:
         source.close()
     with database.transaction():
+        if "made_by" not in there["key_secrets"]:
+            for statement in WHO_MADE_AND_ENDED:
+                database.run(statement)
         database.run(
             "UPDATE meta SET value = MAX(value, (SELECT COALESCE(MAX(generation), 0) FROM keys)) "
             "WHERE name = 'generation'"
@@ -103,6 +107,16 @@ def rescue(damaged: Path, database: Database) -> dict[str, int]:
             (time.time(), damaged.name, msgspec.json.encode(saved).decode()),
         )
     return saved
+
+
+def _columns(source: sqlite3.Connection, database: Database, table: str) -> list[str]:
+    """The columns that both have: the damaged file may be of an older form."""
+    wanted = [row[1] for row in database.rows(f"PRAGMA table_info({table})")]
+    try:
+        found = {row[1] for row in source.execute(f"PRAGMA table_info({table})")}
+    except sqlite3.DatabaseError:  # not a database at all; reading its rows says so
+        return wanted
+    return [name for name in wanted if name in found] or wanted
 
 
 def _readable(source: sqlite3.Connection, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
@@ -120,19 +134,16 @@ def settle_orphans(
     now: float,
     *,
     left: Sequence[Left] = (),
-    live: frozenset[str] = frozenset(),
-    expired_only: bool = False,
+    ours: Callable[[str], bool] | None = None,
 ) -> int:
     """Settle calls that nobody runs any more at their last known usage, outcome `lost`; returns how many.
 
     At start (this process is the only owner) those are all that the journal has (`left`) and all rows of `holds`, which
-    outlive the loss of the journal; of a call that is in both the larger usage counts. Later, those whose lease is
-    over.
+    outlive the loss of the journal; of a call that is in both the larger usage counts. Later, with `ours`, those whose
+    lease is over and whose request id is not `ours`: a lease ends by the time of day, which may step.
     """
-    text = f"SELECT {', '.join(HOLD_COLUMNS)} FROM holds" + (" WHERE expires_at < ?" if expired_only else "")
-    rows = {
-        row[0]: dict(zip(HOLD_COLUMNS, row, strict=True)) for row in database.rows(text, (now,) if expired_only else ())
-    }
+    text = f"SELECT {', '.join(HOLD_COLUMNS)} FROM holds" + (" WHERE expires_at < ?" if ours else "")
+    rows = {row[0]: dict(zip(HOLD_COLUMNS, row, strict=True)) for row in database.rows(text, (now,) if ours else ())}
     records = []
     for call in left:
         known = (call.prompt, call.completion, call.cached)
@@ -143,7 +154,7 @@ def settle_orphans(
             known = max(known, noted, key=lambda usage: usage[0] + usage[1])
         records.append(_lost(call.held, known, now))
     for row in rows.values():
-        if row["request_id"] not in live:
+        if ours is None or not ours(row["request_id"]):
             held = Held(
                 **{name: row[name] for name in Held.__struct_fields__ if name != "stream"}, stream=bool(row["stream"])
             )

@@ -1,4 +1,4 @@
-"""Reading usage: totals by day, by key, organisation or model; and keeping the ledger's table small."""
+"""Reading usage: totals by day, by key, organisation or model."""
 
 # ruff: noqa: S608 - only names of our own schema are put into statements; values are always parameters
 
@@ -11,6 +11,8 @@ import msgspec
 from gateway.store.connection import Database
 
 GROUPS = {"key": "key_id", "organisation": "organisation", "model": "model", "day": "day"}
+SUMS = ("prompt_tokens", "completion_tokens", "cached_tokens", "requests", "refusals")
+_MEASURED = ("key", "day")
 
 
 def usage(database: Database, first: str | None, last: str | None, group: str) -> list[dict[str, Any]]:
@@ -26,26 +28,26 @@ def usage(database: Database, first: str | None, last: str | None, group: str) -
             parameters.append(day)
     named = group == "key"
     text = (
-        f"SELECT t.{column}, {'MAX(k.name)' if named else 'NULL'}, SUM(t.prompt_tokens), SUM(t.completion_tokens), "
-        "SUM(t.cached_tokens), SUM(t.requests), SUM(t.refusals) FROM daily_totals t "
+        f"SELECT t.{column}, {'MAX(k.name)' if named else 'NULL'}, "
+        + ", ".join(f"SUM(t.{name})" for name in SUMS)
+        + " FROM daily_totals t "
         + ("LEFT JOIN keys k ON k.id = t.key_id " if named else "")
         + (f"WHERE {' AND '.join(where)} " if where else "")
         + f"GROUP BY t.{column} ORDER BY t.{column}"
     )
-    joules = _joules(database, column, " AND ".join(where), parameters) if group in ("key", "day") else None
-    return [
-        {
-            column: name,
-            **({"name": label} if named else {}),
-            **({"energy_joules": joules.get(name)} if joules is not None else {}),
-            "prompt_tokens": int(prompt),
-            "completion_tokens": int(completion),
-            "cached_tokens": int(cached),
-            "requests": int(requests),
-            "refusals": int(refusals),
-        }
-        for name, label, prompt, completion, cached, requests, refusals in database.rows(text, parameters)
-    ]
+    joules = _joules(database, column, " AND ".join(where), parameters) if group in _MEASURED else None
+    head = columns(group)
+    found = []
+    for name, label, *sums in database.rows(text, parameters):
+        measured = [joules.get(name)] if joules is not None else []
+        found.append(dict(zip(head, [name, *([label] if named else []), *measured, *map(int, sums)], strict=True)))
+    return found
+
+
+def columns(group: str) -> list[str]:
+    """What each row of `usage` has, in its order."""
+    name = [GROUPS[group], "name"] if group == "key" else [GROUPS[group]]
+    return [*name, *(["energy_joules"] if group in _MEASURED else []), *SUMS]
 
 
 def _joules(database: Database, column: str, where: str, parameters: list[Any]) -> dict[str, float]:
@@ -98,18 +100,3 @@ def last_days(database: Database, most: int = 3) -> list[str]:
     """The latest days that have totals, ISO dates, the latest first."""
     found = database.rows("SELECT DISTINCT day FROM daily_totals ORDER BY day DESC LIMIT ?", (most,))
     return [day for (day,) in found]
-
-
-def forget(database: Database, before: float, most: int = 500) -> int:
-    """Delete up to `most` of the oldest usage records that started before `before` (Unix seconds); totals stay.
-
-    Returns how many went. A small piece at a time: nobody waits long for the write lock.
-    """
-    with database.transaction():
-        return int(
-            database.run(
-                "DELETE FROM usage_records WHERE id IN (SELECT id FROM usage_records ORDER BY id LIMIT ?) "
-                "AND started_at < ?",
-                (most, before),
-            ).rowcount
-        )

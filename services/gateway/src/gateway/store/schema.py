@@ -11,6 +11,18 @@ from __future__ import annotations
 
 from typing import Any
 
+_ROTATED = "EXISTS (SELECT 1 FROM audit a WHERE a.subject = key_secrets.key_id AND a.action = 'key_rotated')"
+_SEEDED = "key_id IN (SELECT id FROM keys WHERE origin = 'environment')"
+WHO_MADE_AND_ENDED = (
+    f"""UPDATE key_secrets SET made_by = 'environment' WHERE {_SEEDED} AND (not_after IS NOT NULL OR 'key_rotated' <>
+        COALESCE((SELECT a.action FROM audit a WHERE a.subject = key_secrets.key_id AND a.action IN ('key_rotated',
+            'key_created', 'secret_replaced', 'secret_restored') ORDER BY a.id DESC LIMIT 1), ''))""",
+    f"""UPDATE key_secrets SET ended_by = CASE WHEN {_SEEDED} AND NOT {_ROTATED} THEN 'environment' ELSE 'operator' END
+        WHERE not_after IS NOT NULL""",
+)
+"""What the audit tells of secrets from before that was kept with them. Where it is not sure, an operator did it: what
+was rotated away does not come back."""
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE meta (name TEXT PRIMARY KEY, value BIGINT NOT NULL)",
@@ -52,6 +64,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE audit (
             id {serial}, at DOUBLE PRECISION NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL, subject TEXT NOT NULL,
             details TEXT NOT NULL)""",
+    ),
+    (
+        # A start touches only what the variable GATEWAY_API_KEYS made or ended: 'environment' or 'operator'.
+        "ALTER TABLE key_secrets ADD COLUMN made_by TEXT NOT NULL DEFAULT 'operator'",
+        "ALTER TABLE key_secrets ADD COLUMN ended_by TEXT",
+        *WHO_MADE_AND_ENDED,
     ),
 )
 

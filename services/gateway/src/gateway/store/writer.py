@@ -26,7 +26,7 @@ from gateway.errors import GatewayError, LedgerUnavailable
 from gateway.journal import Slot
 from gateway.spool import Spool
 from gateway.store import batch
-from gateway.store.connection import Database, StoreLocked, StoreUnavailable
+from gateway.store.connection import Database, StoreLocked, StoreUnavailable, Unsure
 
 SETTLE, HOLDS, ENERGY, WORK, STOP = range(5)
 _LARGEST_GROUP = 512
@@ -67,6 +67,8 @@ class Writer(threading.Thread):
         self._next: list[Item] = []  # the loop's: what the thread gets with the next group
         self._due: asyncio.Handle | None = None  # when it gets it; None while there is nothing, or no free thread
         self._given: list[Item] = []  # the loop's: the group that the thread has and has not answered
+        self._begun: set[Future] = set()  # changes of the group at hand that were begun
+        self._claim = threading.Lock()  # between the decision to make a change and the one to refuse it
         self._unkept: list[Ended] = []  # neither the database nor the spool took them yet
         self._durable: bool | None = None  # what the connection is set to; None = not known
         self._busy_since: float | None = None  # monotonic; None = nothing is being written
@@ -125,8 +127,10 @@ class Writer(threading.Thread):
             self.failures += 1
         self.healthy = False  # the thread heals it when it is back
         self.problem = "the database does not answer"
-        refusal = StoreUnavailable(self.problem)
-        _resolve([(future, None, refusal) for _, _, future in self._given + self._next if future is not None])
+        refusal, unsure = StoreUnavailable(self.problem), Unsure(self.problem)
+        with self._claim:
+            waiting = [future for _, _, future in self._given + self._next if future is not None]
+            _resolve([(future, None, unsure if future in self._begun else refusal) for future in waiting])
 
     @property
     def aside(self) -> int:
@@ -193,6 +197,7 @@ class Writer(threading.Thread):
 
     def _group(self, items: Sequence[Item]) -> None:
         answers: list[Answer] = []
+        self._begun = set()
         group = batch.Group()
         ended: list[Ended] = []
         for kind, payload, _ in items:
@@ -218,7 +223,10 @@ class Writer(threading.Thread):
         self._answer(answers)
 
     def _work(self, work: Callable[[Database], Any], future: Future) -> Answer:
-        """Run a change between two groups: it never has to fight them for the write lock."""
+        """Run a change between two groups: it never has to fight them for the write lock.
+
+        Nobody waits for it any longer: it was refused, or who asked has gone. Then it is not made.
+        """
         result: Any = None
         refusal: GatewayError | None = None
 
@@ -233,9 +241,16 @@ class Writer(threading.Thread):
             except GatewayError as error:  # the change was wrong, not the database
                 refusal = error
 
-        if not self.healthy or self._guarded(run) is not None:
-            return future, None, StoreUnavailable(self.problem or "the database refuses")
-        return future, result, refusal
+        with self._claim:
+            if future.done() or not self.healthy:
+                return future, None, StoreUnavailable(self.problem or "the database refuses")
+            self._begun.add(future)
+        problem = self._guarded(run)
+        if problem is None:
+            return future, result, refusal
+        # A server that failed may have committed before; a file has not, unless the failure says so itself.
+        told = StoreUnavailable if self._database.sqlite and not isinstance(problem, Unsure) else Unsure
+        return future, None, told(self.problem or "the database refuses")
 
     def _commit(self, group: batch.Group) -> None:
         # Only what a client will rely on has to be on the disk; holds need to outlive this process alone.
