@@ -86,7 +86,8 @@ class Stream:
         self.tokens = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes as they came. Raises `UpstreamError` where the engine itself reports that the stream broke."""
+        """Take bytes as they came. Raises `BrokenStream` where the engine itself reports that the stream broke, and
+        `OwnBound`."""
         if self._rest:
             data = self._rest + data
         if self._begin and (ready := self._token(data)) is not None:
@@ -97,7 +98,7 @@ class Stream:
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
             if len(data) > MAX_EVENT_BYTES:
-                raise UpstreamError("The engine sent an event that is too long.")
+                raise OwnBound("The engine sent an event that is longer than this service relays.")
             self._rest = data
             return b""
         if cut == len(data):
@@ -117,7 +118,7 @@ class Stream:
         ready = self._messages(data) if dialect == "messages" else self._responses(data)
         if self._limit and self.usage.total > self._limit:
             self.usage.keep_to(self._limit)
-            raise UpstreamError("The engine went on after the limit of this answer.")
+            raise OwnBound("The engine went on after the limit of this answer.")
         return ready
 
     def _token(self, data: bytes) -> bytes | None:
@@ -351,6 +352,10 @@ class Stream:
             }
             return b"event: response.failed\ndata: " + msgspec.json.encode(failed) + b"\n\n"
         return b"data: " + error_body(error, dialect) + b"\n\n"
+
+
+class OwnBound(UpstreamError):
+    """A bound of ours ended the answer. One caller's request can do that to a sound engine: it is no failure of it."""
 
 
 class BrokenStream(UpstreamError):

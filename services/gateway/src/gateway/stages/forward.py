@@ -122,7 +122,7 @@ class Forward:
                 silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
-            self._registry.report(silence.call.backend, False)
+            self._report(silence.call, False)
             silence.call.abort(UpstreamTimeout(f"The engine said nothing for {silence.limit:g} s {silence.what}."))
         elif (
             silence.client is not None
@@ -147,9 +147,9 @@ class Forward:
                 await self._stream(call, client, exchange, silence)
             else:
                 await self._whole(call, client, exchange, silence)
-        except UpstreamError:
-            if exchange is not None:  # `_open` has told of its own failures
-                self._registry.report(call.backend, False)
+        except UpstreamError as error:
+            if exchange is not None and not isinstance(error, answer.OwnBound):  # `_open` has told of its own failures
+                self._report(call, False)
             raise
         finally:
             self._silences.discard(silence)
@@ -157,6 +157,11 @@ class Forward:
                 silence.ping.cancel()
             if exchange is not None:
                 exchange.close()
+
+    def _report(self, call: Call, ok: bool) -> None:
+        """Tell how the engine did. Counting tokens says nothing about what generates them, in neither direction."""
+        if call.endpoint.metered:
+            self._registry.report(call.backend, ok)
 
     async def _open(self, call: Call, client: Client) -> Exchange:
         request = call.request
@@ -185,7 +190,7 @@ class Forward:
                 # A call that breaks whatever it meets is one failure of an engine, however often it was tried: alone
                 # it must not open a breaker for everybody.
                 if backend not in failed:
-                    self._registry.report(backend, False)
+                    self._report(call, False)
                 failed.append(backend)
                 if len(failed) > MOST_RETRIES or not self._again(call):
                     if isinstance(error, ConnectError):
@@ -262,7 +267,7 @@ class Forward:
             silence.since = time.perf_counter()
             silence.quiet = True
         silence.client = None
-        self._registry.report(call.backend, True)
+        self._report(call, True)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(stream.tail)
@@ -293,7 +298,7 @@ class Forward:
             raise UpstreamError("The engine's answer is not JSON.")  # transcriptions can also be plain text
         _keep_to_hold(call)
         call.note(call.usage)
-        self._registry.report(call.backend, True)
+        self._report(call, True)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
@@ -318,7 +323,7 @@ class Forward:
             await client.write(pending)
             pending = data
         exchange.release()
-        self._registry.report(call.backend, True)
+        self._report(call, True)
         reported.note_tail(call.usage, tail)
         _keep_to_hold(call)
         call.note(call.usage)
