@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
-from tests.doubles.flow_site import ledger
+from tests.doubles.flow_site import PATHS, Wire, asking, ledger
 from tests.doubles.gateway import GatewayProcess
 from tests.doubles.machine import patience
-from tests.doubles.scripted_engine import DONE, FAILURE, ScriptedEngine, event, streamed, whole
+from tests.doubles.scripted_engine import DONE, FAILURE, ScriptedEngine, begin, event, send, streamed, token, whole
 from tests.doubles.waiting import wait_until
 
 FAILURES = 5  # BREAKER_FAILURES
@@ -105,3 +110,90 @@ def test_counting_tokens_hides_no_failures(gateway: GatewayProcess) -> None:
         assert gateway.chat("script:fail").status == 502
 
     assert gateway.chat().code == "no_backend"
+
+
+def opened(gateway: GatewayProcess) -> None:
+    """Open the breaker and wait until a probe may go."""
+    for _ in range(FAILURES):
+        assert gateway.chat("script:fail").status == 502
+    assert gateway.get("/ready").status == 503
+    wait_until("half-open", lambda: gateway.get("/ready").status == 200, patience(10.0))
+
+
+def test_a_probe_that_streams_closes_the_breaker_with_its_first_token(
+    gateway: GatewayProcess, engine: ScriptedEngine
+) -> None:
+    go_on = threading.Event()
+
+    def long(to: BaseHTTPRequestHandler) -> None:
+        begin(to)
+        send(to, token(1))
+        go_on.wait(60)
+        for data in (token(2, "stop"), DONE, b""):
+            send(to, data)
+
+    engine.scripts["long"] = long
+    opened(gateway)
+    try:
+        with Wire(gateway.port, PATHS["chat"], asking("chat", "", messages=said("script:long"), stream=True)) as probe:
+            probe.read_until(b'"content":"a"')
+
+            assert [gateway.chat().status for _ in range(3)] == [200] * 3
+            assert gateway.get("/ready").status == 200
+            go_on.set()
+            probe.read_until(b"[DONE]")
+    finally:
+        go_on.set()
+
+
+def test_a_probe_that_takes_long_is_not_the_only_one(gateway: GatewayProcess, engine: ScriptedEngine) -> None:
+    """A long answer in one piece shows nothing of itself before its end."""
+    go_on = threading.Event()
+
+    def slow(to: BaseHTTPRequestHandler) -> None:
+        go_on.wait(60)
+        engine.scripts["default"](to)
+
+    engine.scripts["slow"] = slow
+    opened(gateway)
+    try:
+        with Wire(gateway.port, PATHS["chat"], asking("chat", "", messages=said("script:slow"))) as probe:
+            wait_until("the engine has the probe", lambda: engine.asked.get("slow"), patience(10.0))
+            wait_until("another call is let through", lambda: gateway.chat().status == 200, patience(10.0))
+            go_on.set()
+            assert probe.read_until(b"usage").startswith(b"HTTP/1.1 200")
+    finally:
+        go_on.set()
+
+
+def test_an_engine_whose_streams_flow_is_not_failing_altogether(
+    gateway: GatewayProcess, engine: ScriptedEngine
+) -> None:
+    made: list[int] = [0]
+
+    def flowing(to: BaseHTTPRequestHandler) -> None:
+        begin(to)
+        for made[0] in itertools.count(1):
+            send(to, token(made[0]))
+            time.sleep(0.005)
+
+    engine.scripts["flowing"] = flowing
+    with Wire(gateway.port, PATHS["chat"], asking("chat", "", messages=said("script:flowing"), stream=True)) as stream:
+        stream.read_until(b'"content":"a"')
+        reader = threading.Thread(target=stream.read_all, daemon=True)
+        reader.start()
+
+        statuses = []
+        for _ in range(3 * FAILURES):
+            before = made[0]
+            wait_until("the stream goes on", lambda: made[0] > before + 3, patience(10.0))  # noqa: B023
+            statuses.append(gateway.chat("script:fail").status)
+
+        assert statuses == [502] * 3 * FAILURES
+        assert gateway.chat().status == 200
+        stream.plain.shutdown(socket.SHUT_RDWR)
+        reader.join(60)
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]

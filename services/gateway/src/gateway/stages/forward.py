@@ -92,6 +92,7 @@ class Forward:
         self._routes: dict[tuple[str, str], Route] = {}  # by engine and endpoint
         self._content_types: dict[str, bytes] = {}
         self._silences: set[_Silence] = set()
+        self._failed_at: dict[str, float] = {}  # by engine
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -160,8 +161,31 @@ class Forward:
 
     def _report(self, call: Call, ok: bool) -> None:
         """Tell how the engine did. Counting tokens says nothing about what generates them, in neither direction."""
-        if call.endpoint.metered:
-            self._registry.report(call.backend, ok)
+        if not call.endpoint.metered:
+            return
+        backend = call.backend
+        if ok:
+            if call.grant is not None:
+                call.grant.probe = False  # it has its result, and may go on for long
+        else:
+            failed_before = self._failed_at.get(backend.name, 0.0)
+            self._failed_at[backend.name] = time.perf_counter()
+            if self._heard(call) > failed_before:
+                self._registry.flow(backend)
+        self._registry.report(backend, ok)
+
+    def _heard(self, call: Call) -> float:
+        """When the engine of `call` last said something in another call's stream."""
+        return max(
+            (
+                silence.since
+                for silence in self._silences
+                if silence.call.backend is call.backend
+                and silence.call is not call
+                and silence.call.first_token_at is not None
+            ),
+            default=0.0,
+        )
 
     async def _open(self, call: Call, client: Client) -> Exchange:
         request = call.request
@@ -255,6 +279,7 @@ class Forward:
             note(usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
             if call.first_token_at is None and stream.tokens:
                 call.first_token_at = silence.since
+                self._report(call, True)
             return (not push(ready) or stream.ended) if ready else stream.ended
 
         while not stream.ended:
@@ -267,7 +292,8 @@ class Forward:
             silence.since = time.perf_counter()
             silence.quiet = True
         silence.client = None
-        self._report(call, True)
+        if call.first_token_at is None:  # an answer without tokens
+            self._report(call, True)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(stream.tail)
@@ -308,6 +334,7 @@ class Forward:
         self, call: Call, client: Client, exchange: Exchange, silence: _Silence, parts: list[bytes]
     ) -> None:
         """Relay a large JSON answer, always one piece behind, so that its last byte waits for the ledger."""
+        self._report(call, True)  # before the client is waited for
         await client.start(200, self._head(call, exchange, answer.HEAD))
         call.first_token_at = silence.since
         pending = b"".join(parts)
@@ -323,7 +350,6 @@ class Forward:
             await client.write(pending)
             pending = data
         exchange.release()
-        self._report(call, True)
         reported.note_tail(call.usage, tail)
         _keep_to_hold(call)
         call.note(call.usage)
