@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = b": keep-alive\n\n"
 ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
-TAIL_BYTES = 64 * 1024  # where usage stands in a larger one
 _VALUE = re.compile(r"[\x20-\x7e\x80-\xff]+")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
@@ -322,7 +321,10 @@ class Forward:
         assert call.request is not None
         if not reported.note_body(call.usage, body) and not call.request.endpoint.multipart:
             raise UpstreamError("The engine's answer is not JSON.")  # transcriptions can also be plain text
-        _keep_to_hold(call)
+        if call.usage.known:
+            _keep_to_hold(call)
+        else:
+            _count_most(call, len(body))
         call.note(call.usage)
         self._report(call, True)
         call.first_token_at = silence.since
@@ -338,21 +340,23 @@ class Forward:
         await client.start(200, self._head(call, exchange, answer.HEAD))
         call.first_token_at = silence.since
         pending = b"".join(parts)
-        tail = pending[-TAIL_BYTES:]
+        _count_most(call, len(pending))  # until its usage is found: the engine has done the work
+        search = reported.Search(call.usage)
+        search.look(pending)
         while True:
+            if call.usage.known:
+                _keep_to_hold(call)
+            call.note(call.usage)
             silence.quiet = True
             data = await exchange.read()
             silence.quiet = False
             silence.since = time.perf_counter()
             if not data:
                 break
-            tail = (tail + data)[-TAIL_BYTES:]
+            search.look(data)
             await client.write(pending)
             pending = data
         exchange.release()
-        reported.note_tail(call.usage, tail)
-        _keep_to_hold(call)
-        call.note(call.usage)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(pending)
@@ -382,6 +386,19 @@ def _keep_to_hold(call: Call) -> None:
     request = call.request
     if request is not None and not request.media and not request.endpoint.multipart and (most := _most(call)):
         call.usage.keep_to(most)
+
+
+def _count_most(call: Call, size: int) -> None:
+    """Count the most that an answer of `size` bytes can have cost, because its engine does not say: never more than was
+    held, and never nothing."""
+    request = call.request
+    assert request is not None
+    if call.endpoint.metered:
+        output = request.output_tokens
+        call.usage.prompt = request.prompt_bound
+        call.usage.completion = size if output is None or output > size else output
+        if call.hold is not None:
+            call.usage.keep_to(call.hold.tokens)
 
 
 def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
