@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.doubles.flow_site import PATHS, Wire, ledger
 from tests.doubles.gateway import GatewayProcess
-from tests.doubles.scripted_engine import ScriptedEngine, whole
+from tests.doubles.scripted_engine import ScriptedEngine, event, streamed, whole
 
 ONE = {str(1000 + n): {"logprob": -1.2345678901234567, "rank": n + 1, "decoded_token": " token"} for n in range(21)}
 USAGE = {"prompt_tokens": 4000, "total_tokens": 4002, "completion_tokens": 2}
@@ -83,3 +83,30 @@ def test_who_leaves_before_the_usage_of_a_large_answer_does_not_have_it_for_noth
     row = ledger(gateway, "usage-left")
     assert row["outcome"] == "cancelled"
     assert row["prompt_tokens"] >= len("script:embeddings")
+
+
+CACHED = {"input_tokens": 10, "output_tokens": 2, "cache_read_input_tokens": 990, "cache_creation_input_tokens": 7}
+
+
+@pytest.mark.parametrize("first", [{"input_tokens": 1007, "output_tokens": 0}, {**CACHED, "output_tokens": 0}])
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_cache_had_of_a_prompt_is_charged_as_prompt(
+    gateway: GatewayProcess, engine: ScriptedEngine, stream: bool, first: dict[str, int]
+) -> None:
+    """In Anthropic's dialect `input_tokens` is what the cache did not have."""
+    engine.scripts["cached"] = whole({"id": "m", "type": "message", "content": [], "usage": CACHED})
+    if stream:
+        engine.scripts["cached"] = streamed(
+            [
+                event({"type": "message_start", "message": {"id": "m", "usage": first}}, "message_start"),
+                event({"type": "content_block_delta", "delta": {"text": "a"}}, "content_block_delta"),
+                event({"type": "message_delta", "usage": CACHED}, "message_delta"),
+                event({"type": "message_stop"}, "message_stop"),
+            ]
+        )
+    body = {"model": "double", "max_tokens": 10, "messages": [{"role": "user", "content": "script:cached"}]}
+    request_id = f"usage-of-cached-{stream}-{first['input_tokens']}"
+    assert gateway.post(PATHS["messages"], {**body, "stream": stream}, x_request_id=request_id).status == 200
+
+    row = ledger(gateway, request_id)
+    assert (row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"]) == (1007, 2, 990)

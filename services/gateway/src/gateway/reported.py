@@ -30,7 +30,8 @@ class Said(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None  # Messages: beside input_tokens, which leaves out what the cache had
+    cache_creation_input_tokens: int | None = None
     seconds: float | None = None  # transcriptions report the length of the audio
 
 
@@ -75,7 +76,9 @@ AUDIO_TOKENS_PER_SECOND = 50
 
 def note(usage: Usage, said: Said) -> None:
     """Take over what the engine said; a field that it left out keeps its value, and without any it said nothing."""
-    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
+    prompt = said.prompt_tokens
+    if prompt is None and said.input_tokens is not None:
+        prompt = said.input_tokens + (said.cache_read_input_tokens or 0) + (said.cache_creation_input_tokens or 0)
     completion = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
     if prompt is None and said.total_tokens is not None:
         prompt = said.total_tokens - (completion or 0)
@@ -88,7 +91,7 @@ def note(usage: Usage, said: Said) -> None:
     details = said.prompt_tokens_details or said.input_tokens_details
     if details is not None and details.cached_tokens is not None:
         usage.cached = details.cached_tokens
-    elif said.cache_read_input_tokens:
+    elif said.cache_read_input_tokens is not None:
         usage.cached = said.cache_read_input_tokens
     if prompt is not None or completion is not None:
         usage.known = True
