@@ -3,7 +3,9 @@
 Before the first byte of the answer a failed connection may be tried again, on another engine or the same, within a
 retry budget. After it a failure becomes one error event. Silence is judged by one sweeper for all exchanges instead of
 a timer for each read: an engine that says nothing for too long is given up, and a stream that is silent for a while
-gets a `: keep-alive` comment, so that proxies and people see that it lives.
+gets a `: keep-alive` comment, so that proxies and people see that it lives. How long is too long depends on what the
+engine does: a stream's head comes before the prompt is computed, an answer in one piece when all of it is made. Silence
+is the engine's failure only where nobody else has heard from it.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = b": keep-alive\n\n"
 ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
+LATELY = 0.5  # of a limit: an engine that stops altogether was heard by some calls a little later than by others
 _VALUE = re.compile(r"[\x20-\x7e\x80-\xff]+")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
@@ -80,6 +83,7 @@ class Forward:
         on_retry: Callable[[], None],
     ) -> None:
         self._first_byte_seconds = settings.first_byte_seconds
+        self._answer_seconds = max(settings.answer_seconds, settings.first_byte_seconds)
         self._idle_seconds = settings.idle_seconds
         self._keep_alive_seconds = settings.keep_alive_seconds
         self._upstream = upstream
@@ -92,6 +96,7 @@ class Forward:
         self._content_types: dict[str, bytes] = {}
         self._silences: set[_Silence] = set()
         self._failed_at: dict[str, float] = {}  # by engine
+        self._answered_at: dict[str, float] = {}
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -122,7 +127,9 @@ class Forward:
                 silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
-            self._report(silence.call, False)
+            answered_at = self._answered_at.get(silence.call.backend.name, 0.0)
+            if now - max(answered_at, self._heard(silence.call)) > silence.limit * LATELY:
+                self._report(silence.call, False)
             silence.call.abort(UpstreamTimeout(f"The engine said nothing for {silence.limit:g} s {silence.what}."))
         elif (
             silence.client is not None
@@ -135,7 +142,10 @@ class Forward:
 
     async def exchange(self, call: Call, client: Client) -> None:
         """Relay `call` to `call.backend`. Raises `GatewayError`; on any way out the engine no longer works for it."""
-        silence = _Silence(call, self._first_byte_seconds, time.perf_counter())
+        assert call.request is not None
+        whole = call.endpoint.metered and not call.request.stream
+        limit = self._answer_seconds if whole else self._first_byte_seconds
+        silence = _Silence(call, limit, time.perf_counter())
         self._silences.add(silence)
         exchange = None
         try:
@@ -164,6 +174,7 @@ class Forward:
             return
         backend = call.backend
         if ok:
+            self._answered_at[backend.name] = time.perf_counter()
             if call.grant is not None:
                 call.grant.probe = False  # it has its result, and may go on for long
         else:
@@ -257,8 +268,7 @@ class Forward:
         assert request is not None
         stream = answer.Stream(request, call.usage, _most(call))
         call.answer = stream
-        silence.limit = self._idle_seconds
-        silence.what = "in the middle of its answer"
+        silence.what = "before its first token"
         await client.start(200, self._head(call, exchange, answer.STREAM_HEAD))
         silence.client = client
         feed, push, note, usage = stream.feed, client.push, call.note, call.usage
@@ -278,6 +288,8 @@ class Forward:
             note(usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
             if call.first_token_at is None and stream.tokens:
                 call.first_token_at = silence.since
+                silence.limit = self._idle_seconds
+                silence.what = "in the middle of its answer"
                 self._report(call, True)
             return (not push(ready) or stream.ended) if ready else stream.ended
 
