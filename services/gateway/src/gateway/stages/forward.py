@@ -202,6 +202,7 @@ class Forward:
         assert request is not None
         self._retries.earn()
         failed: list[Backend] = []
+        full: list[Backend] = []  # what says 503 is not asked again
         body: bytes | list[Buffer]
         while True:
             backend = call.backend
@@ -226,14 +227,16 @@ class Forward:
                 if backend not in failed:
                     self._report(call, False)
                 failed.append(backend)
-                if len(failed) > MOST_RETRIES or not self._again(call):
+                if len(failed) + len(full) > MOST_RETRIES or not self._again(call, full):
                     if isinstance(error, ConnectError):
                         raise NoBackend("The engine cannot be reached at the moment.") from error
                     raise
                 continue
-            if exchange.status == 503 and self._again(call, elsewhere=True):
-                exchange.close()
-                continue
+            if exchange.status == 503:
+                full.append(backend)
+                if len(failed) + len(full) <= MOST_RETRIES and self._again(call, full):
+                    exchange.close()
+                    continue
             return exchange
 
     def _route(self, backend: Backend, endpoint: Endpoint) -> Route:
@@ -244,12 +247,14 @@ class Forward:
         self._routes[backend.name, endpoint.name] = route
         return route
 
-    def _again(self, call: Call, elsewhere: bool = False) -> bool:
-        if not self._retries.take():
+    def _again(self, call: Call, full: list[Backend]) -> bool:
+        """Whether `call` goes out once more, to an engine that is not `full`. What goes nowhere costs no retry."""
+        if not self._retries.left:
             return False
-        backend = self._capacity.reroute(call, elsewhere)
+        backend = self._capacity.reroute(call, full)
         if backend is None:
             return False
+        self._retries.take()
         call.backend = backend
         self._count_retry()
         return True
