@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
-from tests.doubles.flow_site import PATHS, Wire, asking, ledger
+from tests.doubles.flow_site import PATHS, Wire, asking, ledger, metric
 from tests.doubles.gateway import GatewayProcess
 from tests.doubles.machine import patience
 from tests.doubles.scripted_engine import DONE, FAILURE, ScriptedEngine, begin, event, send, streamed, token, whole
@@ -193,6 +193,38 @@ def test_an_engine_whose_streams_flow_is_not_failing_altogether(
         assert gateway.chat().status == 200
         stream.plain.shutdown(socket.SHUT_RDWR)
         reader.join(60)
+
+
+@pytest.mark.parametrize("how", ["breaks", "stays"])
+def test_what_an_engine_does_behind_its_last_event_changes_nothing(
+    gateway: GatewayProcess, engine: ScriptedEngine, how: str
+) -> None:
+    """The answer is whole and recorded; only the connection cannot be used again."""
+    left = threading.Event()
+
+    def script(to: BaseHTTPRequestHandler) -> None:
+        streamed([token(1, "stop"), DONE], end=False)(to)
+        if how == "stays":
+            left.wait(60)
+
+    engine.scripts["behind"] = script
+    before = metric(gateway, "gateway_in_flight_calls")
+    try:
+        for number in range(FAILURES + 1):
+            request_id = f"behind-{how}-{number}"
+            body = asking("chat", "", messages=said("script:behind"), stream=True)
+            answer = gateway.post(PATHS["chat"], body, x_request_id=request_id)
+
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+            told = gateway.closed(request_id)
+            assert (told["outcome"], told["status"], told["code"]) == ("ok", 200, None)
+            assert ledger(gateway, request_id)["outcome"] == "ok"
+    finally:
+        left.set()
+
+    assert not [line for line in gateway.lines if line.get("event") == "server_application_failed"]
+    assert gateway.chat().status == 200
+    wait_until("nothing runs", lambda: metric(gateway, "gateway_in_flight_calls") == before, patience(10.0))
 
 
 def said(text: str) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ is the engine's failure only where nobody else has heard from it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = b": keep-alive\n\n"
 ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
+END_SECONDS = 1.0  # for the end of an answer behind its last event, without which its connection is not used again
 LATELY = 0.5  # of a limit: an engine that stops altogether was heard by some calls a little later than by others
 _VALUE = re.compile(r"[\x20-\x7e\x80-\xff]+")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
@@ -315,9 +317,15 @@ class Forward:
         await client.end(stream.tail)
         if stream.cut:
             return
-        silence.quiet = True
-        if exchange.whole or not await exchange.read():
+        call.status = 200
+        self._silences.discard(silence)  # the call is told and recorded: what comes now is the connection's business
+        if exchange.whole:
             exchange.release()
+            return
+        with contextlib.suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                if not await exchange.read():
+                    exchange.release()
 
     async def _whole(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
         silence.limit = self._idle_seconds
