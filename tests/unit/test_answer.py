@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gateway.answer import BrokenStream, Stream
 from gateway.call import Usage
 from gateway.errors import KeyDisabled, UpstreamError
-from gateway.reported import note_body, note_tail
+from gateway.reported import Search, note_body
 from gateway.wire import ENDPOINTS, Caps, parse
 
 
@@ -352,12 +352,37 @@ def test_a_broken_stream_is_told_in_each_dialect():
     ({"usage": {"type": "duration", "seconds": 2}}, (100, 0)),
 ])  # fmt: skip
 def test_the_usage_of_a_json_answer(body: Any, tokens: tuple[int, int]):
-    whole, tail = Usage(), Usage()
+    whole, large = Usage(), Usage()
 
     note_body(whole, json.dumps(body).encode())
-    note_tail(tail, b'"x"]' + json.dumps(body, separators=(",", ":")).encode())
+    Search(large).look(b'"x"]' + json.dumps(body, separators=(",", ":")).encode())
 
-    assert (whole.prompt, whole.completion) == tokens == (tail.prompt, tail.completion)
+    assert (whole.prompt, whole.completion) == tokens == (large.prompt, large.completion)
+
+
+@given(
+    before=st.integers(0, 200),
+    after=st.integers(0, 9000),
+    cuts=st.lists(st.integers(0, 9000), max_size=8),
+    text=st.sampled_from(['"usage":{"prompt_tokens":900}', '\\"usage":{"total_tokens":900}', "x"]),
+    repeated=st.sampled_from([{}, {"prompt_tokens": 0}, {"type": "object"}, {"completion_tokens": 2}]),
+)
+def test_usage_is_found_wherever_it_stands_and_nobody_makes_it_less(
+    before: int, after: int, cuts: list[int], text: str, repeated: Any
+):
+    used = {"prompt_tokens": 30, "total_tokens": 34, "completion_tokens": 4,
+            "prompt_tokens_details": {"cached_tokens": 16}}  # fmt: skip
+    answer = {"id": "x" * before, "text": text, "a": {"usage": repeated}, "usage": used,
+              "results": ["y" * after, text, {"usage": repeated}]}  # fmt: skip
+    body = json.dumps(answer).encode()
+    usage = Usage()
+
+    search = Search(usage)
+    at = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
+    for a, b in itertools.pairwise(at):
+        search.look(body[a:b])
+
+    assert usage == Usage(30, 4, 16, True)
 
 
 @given(st.binary(max_size=200))
@@ -365,7 +390,7 @@ def test_an_answer_that_says_nothing_changes_nothing(body: bytes):
     usage = Usage()
 
     note_body(usage, body)
-    note_tail(usage, body)
+    Search(usage).look(body)
 
     assert usage == Usage()
 

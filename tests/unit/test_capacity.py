@@ -267,7 +267,7 @@ def test_places_are_conserved_whatever_happens(
                     await asyncio.gather(picked[1], return_exceptions=True)
                 room.leave(used(picked[0], which, which))
             elif what == "retry" and picked and picked[1].done():
-                room.reroute(picked[0], elsewhere=bool(which % 2))
+                room.reroute(picked[0], [picked[0].backend] if which % 2 else [])
             elif what in ("fail", "succeed"):
                 engines.report(backend, what == "succeed")
             elif what in ("sick", "well"):

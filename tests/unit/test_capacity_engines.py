@@ -90,7 +90,7 @@ async def test_a_retry_stays_where_it_is_when_there_is_no_other_engine() -> None
     await room.enter(made)
 
     assert room.reroute(made) is made.backend
-    assert room.reroute(made, elsewhere=True) is None
+    assert room.reroute(made, [made.backend]) is None
     assert places(room) == 0, "its place was given up"
     room.leave(made)
     assert places(room) == 0

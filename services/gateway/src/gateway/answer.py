@@ -86,7 +86,8 @@ class Stream:
         self.tokens = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes as they came. Raises `UpstreamError` where the engine itself reports that the stream broke."""
+        """Take bytes as they came. Raises `BrokenStream` where the engine itself reports that the stream broke, and
+        `OwnBound`."""
         if self._rest:
             data = self._rest + data
         if self._begin and (ready := self._token(data)) is not None:
@@ -97,7 +98,7 @@ class Stream:
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
             if len(data) > MAX_EVENT_BYTES:
-                raise UpstreamError("The engine sent an event that is too long.")
+                raise OwnBound("The engine sent an event that is longer than this service relays.")
             self._rest = data
             return b""
         if cut == len(data):
@@ -117,7 +118,7 @@ class Stream:
         ready = self._messages(data) if dialect == "messages" else self._responses(data)
         if self._limit and self.usage.total > self._limit:
             self.usage.keep_to(self._limit)
-            raise PastLimit("The engine went on after the limit of this answer.")
+            raise OwnBound("The engine went on after the limit of this answer.")
         return ready
 
     def _token(self, data: bytes) -> bytes | None:
@@ -353,16 +354,16 @@ class Stream:
         return b"data: " + error_body(error, dialect) + b"\n\n"
 
 
+class OwnBound(UpstreamError):
+    """A bound of ours ended the answer. One caller's request can do that to a sound engine: it is no failure of it."""
+
+
 class BrokenStream(UpstreamError):
     """The engine reported a failure inside the stream, or broke its form; `before` are the whole events before that."""
 
     def __init__(self, before: bytes, message: str = "") -> None:
         super().__init__(message or "The engine failed while it was answering.")
         self.before = before
-
-
-class PastLimit(UpstreamError):
-    """The engine keeps no limit, so the stream ended at ours. It works, as far as anybody else is concerned."""
 
 
 def error_body(error: GatewayError, dialect: str) -> bytes:

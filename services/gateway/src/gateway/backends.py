@@ -185,6 +185,10 @@ class Registry:
         if (urgent := self._urgent.get(backend.name)) is not None:
             urgent.set()
 
+    def flow(self, backend: Backend) -> None:
+        """Answers that it gave before go on: failures so far were not in a row."""
+        backend.breaker.flow()
+
     def _wake_when_allowed(self, backend: Backend, now: float) -> None:
         try:
             loop = asyncio.get_running_loop()

@@ -3,12 +3,14 @@
 | state | a result says | what happens |
 |---|---|---|
 | closed | failure | counted; `failures` in a row open it |
-| closed | success | the count starts again |
+| closed | success, or an answer that goes on | the count starts again |
 | open | | for `seconds`, doubled with every failed probe up to eight times, nothing is sent |
 | half-open | | one call is let through as the probe; the others stay away |
 | half-open | success | closed |
 | half-open | failure | open again, for longer |
-| half-open | the probe ended without a result (the caller left) | another call may be the probe |
+| half-open | the probe ended without a result (the caller left), or has none after `seconds` | another may go |
+
+A call's success is told as soon as the engine shows it, at its first token, and not when its answer is whole.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class BreakerState(IntEnum):
 class Breaker:
     """Counts results. `failures` in a row open it; after `seconds` one probe decides."""
 
-    __slots__ = ("_count", "_failures", "_opened_at", "_probing", "_seconds", "_stretch")
+    __slots__ = ("_count", "_failures", "_opened_at", "_probed_at", "_probing", "_seconds", "_stretch")
 
     def __init__(self, failures: int, seconds: float) -> None:
         self._failures = failures
@@ -38,6 +40,7 @@ class Breaker:
         self._opened_at: float | None = None
         self._stretch = 1.0
         self._probing = False
+        self._probed_at = 0.0
 
     def state(self, now: float) -> BreakerState:
         """The state at `now`."""
@@ -55,13 +58,16 @@ class Breaker:
         """Whether a call may be sent now."""
         if self._opened_at is None:
             return True
-        return not self._probing and self.seconds_left(now) <= 0
+        if self._probing and now - self._probed_at < self._seconds:
+            return False
+        return self.seconds_left(now) <= 0
 
     def take(self, now: float) -> bool:
         """A call is sent; returns whether it is the probe. Pair a probe with a result or with `release`."""
         if self._opened_at is None:
             return False
         self._probing = True
+        self._probed_at = now
         return True
 
     def release(self) -> None:
@@ -76,6 +82,10 @@ class Breaker:
             return False
         self._close()
         return True
+
+    def flow(self) -> None:
+        """An older answer goes on: the engine is not failing altogether."""
+        self._count = 0
 
     def fail(self, now: float) -> bool:
         """A call failed. Returns whether the breaker opened by it."""

@@ -30,7 +30,8 @@ class Said(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None  # Messages: beside input_tokens, which leaves out what the cache had
+    cache_creation_input_tokens: int | None = None
     seconds: float | None = None  # transcriptions report the length of the audio
 
 
@@ -64,6 +65,7 @@ class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
 
 
+_LONGEST_USAGE = 4096  # bytes
 _chunk = msgspec.json.Decoder(_Chunk)
 _usage = msgspec.json.Decoder(Said)
 _body = msgspec.json.Decoder(_Body)
@@ -73,8 +75,10 @@ AUDIO_TOKENS_PER_SECOND = 50
 
 
 def note(usage: Usage, said: Said) -> None:
-    """Take over what the engine said; a field that it left out keeps its value."""
-    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
+    """Take over what the engine said; a field that it left out keeps its value, and without any it said nothing."""
+    prompt = said.prompt_tokens
+    if prompt is None and said.input_tokens is not None:
+        prompt = said.input_tokens + (said.cache_read_input_tokens or 0) + (said.cache_creation_input_tokens or 0)
     completion = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
     if prompt is None and said.total_tokens is not None:
         prompt = said.total_tokens - (completion or 0)
@@ -87,9 +91,10 @@ def note(usage: Usage, said: Said) -> None:
     details = said.prompt_tokens_details or said.input_tokens_details
     if details is not None and details.cached_tokens is not None:
         usage.cached = details.cached_tokens
-    elif said.cache_read_input_tokens:
+    elif said.cache_read_input_tokens is not None:
         usage.cached = said.cache_read_input_tokens
-    usage.known = True
+    if prompt is not None or completion is not None:
+        usage.known = True
 
 
 def note_running(usage: Usage, text: bytes) -> bool:
@@ -121,11 +126,44 @@ def note_body(usage: Usage, body: bytes) -> bool:
     return True
 
 
-def note_tail(usage: Usage, tail: bytes) -> None:
-    """Read the usage near the end of a JSON answer that was too large to keep."""
-    said = last(tail)
-    if said is not None:
-        note(usage, said)
+class Search:
+    """Looks for the usage of a JSON answer that is too large to keep, in its pieces as they come.
+
+    It may stand anywhere: vLLM writes it before a chat's `prompt_logprobs` and before the results of a rerank. A text
+    cannot imitate the field, but an object that a caller sent and the engine repeats can have one of that name: the
+    largest counts, so that nobody pays less by it.
+    """
+
+    __slots__ = ("_end", "_usage")
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+        self._end = b""  # where a field may have begun that the next piece ends
+
+    def look(self, piece: bytes) -> None:
+        """Take the next piece."""
+        data = self._end + piece
+        at = data.find(b'"usage"')
+        while at >= 0:
+            if found := _USAGE.match(data, at):
+                self._take(found[1])
+            at = data.find(b'"usage"', at + 7)
+        self._end = data[-_LONGEST_USAGE:]
+
+    def _take(self, text: bytes) -> None:
+        try:
+            said = _usage.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        found, usage = Usage(), self._usage
+        note(found, said)
+        if found.known and (not usage.known or found.total > usage.total):
+            usage.prompt, usage.completion, usage.cached, usage.known = (
+                found.prompt,
+                found.completion,
+                found.cached,
+                True,
+            )
 
 
 def note_event(usage: Usage, event: bytes) -> None:

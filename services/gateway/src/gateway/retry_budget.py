@@ -18,9 +18,11 @@ class RetryBudget:
         if self._tokens < self._burst:
             self._tokens = min(self._burst, self._tokens + self._ratio)
 
-    def take(self) -> bool:
-        """Whether one more retry is allowed; takes it."""
-        if self._tokens < 1.0:
-            return False
+    @property
+    def left(self) -> bool:
+        """Whether one more retry is allowed."""
+        return self._tokens >= 1.0
+
+    def take(self) -> None:
+        """A call is tried again."""
         self._tokens -= 1.0
-        return True

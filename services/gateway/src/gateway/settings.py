@@ -80,7 +80,15 @@ class Settings(BaseSettings):
     queue_tokens: int = Field(2_000_000, ge=0, description="Tokens (prompt and held output) that may wait.")
     queue_seconds: float = Field(30.0, gt=0, description="Longest wait for the engine, seconds.")
     connect_seconds: float = Field(5.0, gt=0, description="Time to connect to the engine, seconds.")
-    first_byte_seconds: float = Field(300.0, gt=0, description="Silence before the engine's first byte, seconds.")
+    first_byte_seconds: float = Field(300.0, gt=0, description="Silence before a stream's first token, seconds.")
+    answer_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description=(
+            "Wait for an answer that is not streamed, which comes when all of it is made, seconds; "
+            "at least FIRST_BYTE_SECONDS. The edge gives up after 3600."
+        ),
+    )
     idle_seconds: float = Field(120.0, gt=0, description="Silence between two bytes of an answer, seconds.")
     keep_alive_seconds: float = Field(
         10.0,

@@ -223,21 +223,23 @@ class Capacity:
         if not room.calls:
             self._rate.idle(now)
 
-    def reroute(self, call: Call, elsewhere: bool = False) -> Backend | None:
+    def reroute(self, call: Call, not_to: Sequence[Backend] = ()) -> Backend | None:
         """Move a call whose engine failed before its first byte; the engine to try next, or None.
 
-        Another engine with a free place if there is one, else the same again if it may be used (not if `elsewhere`).
+        Another engine with a free place if there is one, else the same again if it may be used; none of `not_to`.
         """
         ticket: Ticket | None = call.grant
         if ticket is None or ticket.backend is None:
             return None
         now = self._clock()
         old: Backend = ticket.backend
-        others = [backend for backend in ticket.pool if backend is not old and backend.free(now)]
+        others = [
+            backend for backend in ticket.pool if backend is not old and backend not in not_to and backend.free(now)
+        ]
         self._vacate(ticket)
         if others:
             chosen = self._choose(others, None, ticket.cost)
-        elif elsewhere or not old.available(now):
+        elif old in not_to or not old.available(now):
             chosen = None
         else:
             chosen = old

@@ -9,8 +9,10 @@ from __future__ import annotations
 import msgspec
 
 from gateway.call import Caller
+from gateway.errors import InvalidRequest
 from gateway.wire import Request
 
+FORMATS = ("float", "base64", None)
 _LEAST_OUTPUT = 16  # a call that nobody bounded is not worth admitting for less
 
 
@@ -49,7 +51,7 @@ class Ask(msgspec.Struct):
 
 
 def ask(request: Request, caller: Caller | None, bounds: Outputs, max_model_len: int | None) -> Ask:
-    """Bound one request. Sizes are tokens."""
+    """Bound one request. Sizes are tokens. Raises `InvalidRequest` where the answer would tell no usage."""
     endpoint = request.endpoint
     n = max(1, request.n)
     prompt = request.prompt_bound
@@ -57,6 +59,8 @@ def ask(request: Request, caller: Caller | None, bounds: Outputs, max_model_len:
     if max_model_len:  # no sequence is longer than the model's context; the two of a pair may be read apart
         whole = max(n, request.prompts) * max_model_len * (2 if endpoint.pairs else 1)
     if endpoint.output_field is None or not endpoint.metered:
+        if endpoint.name == "embeddings":
+            _check_format(request)
         most = prompt if whole is None else min(prompt, whole)
         return Ask(most, most, min(request.prompt_estimate, most), most, n, None, False, None)
     if whole is not None and prompt > whole:
@@ -89,3 +93,10 @@ def ask(request: Request, caller: Caller | None, bounds: Outputs, max_model_len:
     if likely > most:
         likely = most
     return Ask(most, least, likely, prompt, n, output, True, asked)
+
+
+def _check_format(request: Request) -> None:
+    """Only forms whose answer is JSON: what vLLM does for `bytes` has its usage in a header, or nowhere."""
+    raw = request.fields.get("encoding_format")
+    if raw is not None and msgspec.json.decode(raw) not in FORMATS:
+        raise InvalidRequest("'encoding_format' must be 'float' or 'base64'.", param="encoding_format")

@@ -3,12 +3,15 @@
 Before the first byte of the answer a failed connection may be tried again, on another engine or the same, within a
 retry budget. After it a failure becomes one error event. Silence is judged by one sweeper for all exchanges instead of
 a timer for each read: an engine that says nothing for too long is given up, and a stream that is silent for a while
-gets a `: keep-alive` comment, so that proxies and people see that it lives.
+gets a `: keep-alive` comment, so that proxies and people see that it lives. How long is too long depends on what the
+engine does: a stream's head comes before the prompt is computed, an answer in one piece when all of it is made. Silence
+is the engine's failure only where nobody else has heard from it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -43,7 +46,8 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = b": keep-alive\n\n"
 ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checked whole before its head is sent
-TAIL_BYTES = 64 * 1024  # where usage stands in a larger one
+END_SECONDS = 1.0  # for the end of an answer behind its last event, without which its connection is not used again
+LATELY = 0.5  # of a limit: an engine that stops altogether was heard by some calls a little later than by others
 _VALUE = re.compile(r"[\x20-\x7e\x80-\xff]+")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
@@ -81,6 +85,7 @@ class Forward:
         on_retry: Callable[[], None],
     ) -> None:
         self._first_byte_seconds = settings.first_byte_seconds
+        self._answer_seconds = max(settings.answer_seconds, settings.first_byte_seconds)
         self._idle_seconds = settings.idle_seconds
         self._keep_alive_seconds = settings.keep_alive_seconds
         self._upstream = upstream
@@ -92,6 +97,8 @@ class Forward:
         self._routes: dict[tuple[str, str], Route] = {}  # by engine and endpoint
         self._content_types: dict[str, bytes] = {}
         self._silences: set[_Silence] = set()
+        self._failed_at: dict[str, float] = {}  # by engine
+        self._answered_at: dict[str, float] = {}
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -122,7 +129,9 @@ class Forward:
                 silence.call.abort(ClientGone("The client stopped reading."))
             return
         if now - silence.since > silence.limit:
-            self._registry.report(silence.call.backend, False)
+            answered_at = self._answered_at.get(silence.call.backend.name, 0.0)
+            if now - max(answered_at, self._heard(silence.call)) > silence.limit * LATELY:
+                self._report(silence.call, False)
             silence.call.abort(UpstreamTimeout(f"The engine said nothing for {silence.limit:g} s {silence.what}."))
         elif (
             silence.client is not None
@@ -135,7 +144,10 @@ class Forward:
 
     async def exchange(self, call: Call, client: Client) -> None:
         """Relay `call` to `call.backend`. Raises `GatewayError`; on any way out the engine no longer works for it."""
-        silence = _Silence(call, self._first_byte_seconds, time.perf_counter())
+        assert call.request is not None
+        whole = call.endpoint.metered and not call.request.stream
+        limit = self._answer_seconds if whole else self._first_byte_seconds
+        silence = _Silence(call, limit, time.perf_counter())
         self._silences.add(silence)
         exchange = None
         try:
@@ -148,8 +160,8 @@ class Forward:
             else:
                 await self._whole(call, client, exchange, silence)
         except UpstreamError as error:
-            if exchange is not None:  # `_open` has told of its own failures
-                self._registry.report(call.backend, isinstance(error, answer.PastLimit))
+            if exchange is not None and not isinstance(error, answer.OwnBound):  # `_open` has told of its own failures
+                self._report(call, False)
             raise
         finally:
             self._silences.discard(silence)
@@ -158,11 +170,41 @@ class Forward:
             if exchange is not None:
                 exchange.close()
 
+    def _report(self, call: Call, ok: bool) -> None:
+        """Tell how the engine did. Counting tokens says nothing about what generates them, in neither direction."""
+        if not call.endpoint.metered:
+            return
+        backend = call.backend
+        if ok:
+            self._answered_at[backend.name] = time.perf_counter()
+            if call.grant is not None:
+                call.grant.probe = False  # it has its result, and may go on for long
+        else:
+            failed_before = self._failed_at.get(backend.name, 0.0)
+            self._failed_at[backend.name] = time.perf_counter()
+            if self._heard(call) > failed_before:
+                self._registry.flow(backend)
+        self._registry.report(backend, ok)
+
+    def _heard(self, call: Call) -> float:
+        """When the engine of `call` last said something in another call's stream."""
+        return max(
+            (
+                silence.since
+                for silence in self._silences
+                if silence.call.backend is call.backend
+                and silence.call is not call
+                and silence.call.first_token_at is not None
+            ),
+            default=0.0,
+        )
+
     async def _open(self, call: Call, client: Client) -> Exchange:
         request = call.request
         assert request is not None
         self._retries.earn()
         failed: list[Backend] = []
+        full: list[Backend] = []  # what says 503 is not asked again
         body: bytes | list[Buffer]
         while True:
             backend = call.backend
@@ -185,16 +227,18 @@ class Forward:
                 # A call that breaks whatever it meets is one failure of an engine, however often it was tried: alone
                 # it must not open a breaker for everybody.
                 if backend not in failed:
-                    self._registry.report(backend, False)
+                    self._report(call, False)
                 failed.append(backend)
-                if len(failed) > MOST_RETRIES or not self._again(call):
+                if len(failed) + len(full) > MOST_RETRIES or not self._again(call, full):
                     if isinstance(error, ConnectError):
                         raise NoBackend("The engine cannot be reached at the moment.") from error
                     raise
                 continue
-            if exchange.status == 503 and self._again(call, elsewhere=True):
-                exchange.close()
-                continue
+            if exchange.status == 503:
+                full.append(backend)
+                if len(failed) + len(full) <= MOST_RETRIES and self._again(call, full):
+                    exchange.close()
+                    continue
             return exchange
 
     def _route(self, backend: Backend, endpoint: Endpoint) -> Route:
@@ -205,12 +249,14 @@ class Forward:
         self._routes[backend.name, endpoint.name] = route
         return route
 
-    def _again(self, call: Call, elsewhere: bool = False) -> bool:
-        if not self._retries.take():
+    def _again(self, call: Call, full: list[Backend]) -> bool:
+        """Whether `call` goes out once more, to an engine that is not `full`. What goes nowhere costs no retry."""
+        if not self._retries.left:
             return False
-        backend = self._capacity.reroute(call, elsewhere)
+        backend = self._capacity.reroute(call, full)
         if backend is None:
             return False
+        self._retries.take()
         call.backend = backend
         self._count_retry()
         return True
@@ -229,8 +275,7 @@ class Forward:
         assert request is not None
         stream = answer.Stream(request, call.usage, _most(call))
         call.answer = stream
-        silence.limit = self._idle_seconds
-        silence.what = "in the middle of its answer"
+        silence.what = "before its first token"
         await client.start(200, self._head(call, exchange, answer.STREAM_HEAD))
         silence.client = client
         feed, push, note, usage = stream.feed, client.push, call.note, call.usage
@@ -250,6 +295,9 @@ class Forward:
             note(usage)  # before the client has it: whatever it was given is billed, even after `kill -9`
             if call.first_token_at is None and stream.tokens:
                 call.first_token_at = silence.since
+                silence.limit = self._idle_seconds
+                silence.what = "in the middle of its answer"
+                self._report(call, True)
             return (not push(ready) or stream.ended) if ready else stream.ended
 
         while not stream.ended:
@@ -262,15 +310,22 @@ class Forward:
             silence.since = time.perf_counter()
             silence.quiet = True
         silence.client = None
-        self._registry.report(call.backend, True)
+        if call.first_token_at is None:  # an answer without tokens
+            self._report(call, True)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(stream.tail)
         if stream.cut:
             return
-        silence.quiet = True
-        if exchange.whole or not await exchange.read():
+        call.status = 200
+        self._silences.discard(silence)  # the call is told and recorded: what comes now is the connection's business
+        if exchange.whole:
             exchange.release()
+            return
+        with contextlib.suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                if not await exchange.read():
+                    exchange.release()
 
     async def _whole(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
         silence.limit = self._idle_seconds
@@ -291,9 +346,12 @@ class Forward:
         assert call.request is not None
         if not reported.note_body(call.usage, body) and not call.request.endpoint.multipart:
             raise UpstreamError("The engine's answer is not JSON.")  # transcriptions can also be plain text
-        _keep_to_hold(call)
+        if call.usage.known:
+            _keep_to_hold(call)
+        else:
+            _count_most(call, len(body))
         call.note(call.usage)
-        self._registry.report(call.backend, True)
+        self._report(call, True)
         call.first_token_at = silence.since
         call.outcome = Outcome.OK
         await self._finish(call)
@@ -303,25 +361,27 @@ class Forward:
         self, call: Call, client: Client, exchange: Exchange, silence: _Silence, parts: list[bytes]
     ) -> None:
         """Relay a large JSON answer, always one piece behind, so that its last byte waits for the ledger."""
+        self._report(call, True)  # before the client is waited for
         await client.start(200, self._head(call, exchange, answer.HEAD))
         call.first_token_at = silence.since
         pending = b"".join(parts)
-        tail = pending[-TAIL_BYTES:]
+        _count_most(call, len(pending))  # until its usage is found: the engine has done the work
+        search = reported.Search(call.usage)
+        search.look(pending)
         while True:
+            if call.usage.known:
+                _keep_to_hold(call)
+            call.note(call.usage)
             silence.quiet = True
             data = await exchange.read()
             silence.quiet = False
             silence.since = time.perf_counter()
             if not data:
                 break
-            tail = (tail + data)[-TAIL_BYTES:]
+            search.look(data)
             await client.write(pending)
             pending = data
         exchange.release()
-        self._registry.report(call.backend, True)
-        reported.note_tail(call.usage, tail)
-        _keep_to_hold(call)
-        call.note(call.usage)
         call.outcome = Outcome.OK
         await self._finish(call)
         await client.end(pending)
@@ -353,6 +413,19 @@ def _keep_to_hold(call: Call) -> None:
     than it said."""
     if most := _most(call):
         call.usage.keep_to(most)
+
+
+def _count_most(call: Call, size: int) -> None:
+    """Count the most that an answer of `size` bytes can have cost, because its engine does not say: never more than was
+    held, and never nothing."""
+    request = call.request
+    assert request is not None
+    if call.endpoint.metered:
+        output = request.output_tokens
+        call.usage.prompt = request.prompt_bound
+        call.usage.completion = size if output is None or output > size else output
+        if call.hold is not None:
+            call.usage.keep_to(call.hold.tokens)
 
 
 def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
