@@ -177,6 +177,7 @@ class Exchange:
             return None
         body = self._taken()
         self._size = -1
+        self._connection.resume()  # else nobody would see the client leave
         return body
 
     def _taken(self) -> bytes:
@@ -193,8 +194,7 @@ class Exchange:
                 body = self._taken()
                 more = self.body_left != 0
                 self._size = 0 if more else -1  # -1: the application has had the last of it
-                if more:
-                    self._connection.resume()
+                self._connection.resume()
                 return {"type": "http.request", "body": body, "more_body": more}
             if self.send_continue:
                 self.send_continue = False
