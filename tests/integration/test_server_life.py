@@ -208,7 +208,7 @@ NEXT = b"GET /echo HTTP/1.1\r\nHost: a\r\n\r\n"
 WITH_MORE_THAN_IS_BUFFERED = {
     "large body": LARGE,
     "chunked body": b"POST /hang HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    + b"30d40\r\n" + b"x" * 200_000 + b"\r\n0\r\n\r\n",
+    b"30d40\r\n" + b"x" * 200_000 + b"\r\n0\r\n\r\n",
     "many requests behind": b"GET /hang HTTP/1.1\r\nHost: a\r\n\r\n" + NEXT * 20_000,
     "many requests behind a large body": LARGE + NEXT * 20_000,
 }  # fmt: skip

@@ -198,7 +198,8 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps, aside: Aside | None = None
         _refuse_stored_responses(head)
     request.prompts = _count_prompts(endpoint, fields, caps)
     request.n *= request.prompts if endpoint.name == "completions" else 1
-    media, media_bytes = media_in(text, fields, caps.remote_media, len if aside is None else aside.characters)
+    length = len if aside is None else aside.characters
+    media, media_bytes = media_in(text, fields, caps.remote_media, length, endpoint.name)
     if media > caps.media:
         raise InvalidRequest(f"At most {caps.media} images, audios or videos are accepted in one call.")
     request.media = media
@@ -266,20 +267,22 @@ def _refuse_stored_responses(head: Head) -> None:
         )
 
 
-_BATCHES = ("prompt", "input", "documents", "text_1", "text_2", "queries", "data_1", "data_2")
+# Lists that are no prompts. Every other one is counted, so that a new field is no way around the bound.
+_NO_BATCHES = frozenset(("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids", "tools"))
 
 
 def _count_prompts(endpoint: Endpoint, fields: dict[str, Raw], caps: Caps) -> int:
     count = 1
     if endpoint.name in ("chat_completions", "responses", "messages", "tokenize"):
         return count
-    for name in _BATCHES:
-        raw = fields.get(name)
-        if raw is None or bytes(memoryview(raw)[:1]) != b"[":
+    for name, raw in fields.items():
+        if bytes(memoryview(raw)[:1]) != b"[" or name in _NO_BATCHES:
             continue
         items = _items.decode(raw)
         if not items or memoryview(items[0])[0] in b"-0123456789":
             continue  # one prompt as token numbers
+        if name == "messages" and memoryview(items[0])[0] == 0x7B:
+            continue  # one conversation; several are lists in a list
         if len(items) > caps.prompts:
             raise InvalidRequest(f"'{name}' may have at most {caps.prompts} entries.", param=name)
         count = max(count, len(items))
