@@ -152,12 +152,15 @@ class Pipeline:
                     raw = await client.body(self._max_body_bytes)
             except TimeoutError:
                 raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
+        request: Request
         if call.endpoint.multipart:
             content_type = client.headers.text(b"content-type")
             if len(raw) > wire.LARGE_BYTES:
-                request = await asyncio.to_thread(multipart.parse, call.endpoint, raw, content_type, self._caps)
+                form = await asyncio.to_thread(multipart.parse, call.endpoint, raw, content_type, self._caps)
             else:
-                request = multipart.parse(call.endpoint, raw, content_type, self._caps)
+                form = multipart.parse(call.endpoint, raw, content_type, self._caps)
+            client.headers[b"content-type"] = form.content_type.encode("ascii")  # the engine's
+            request = form
         elif len(raw) > wire.LARGE_BYTES:
             request = await self._large.parse(call.endpoint, raw, self._caps)
         else:
