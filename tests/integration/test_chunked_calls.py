@@ -39,3 +39,17 @@ def test_a_body_that_is_too_large_is_refused_also_if_it_comes_at_once(gateway: G
 
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"request_too_large" in answer
+
+
+def test_small_bodies_take_little_room_however_large_they_might_have_been(
+    gateway: GatewayProcess, engine: VllmDouble
+) -> None:
+    """As many as would fill the room ten times over, if each kept what the largest body needs."""
+    calls = [send(gateway, asking("chat", "tokens=2000,pace_ms=20", stream=True)) for _ in range(30)]
+    answers = [call.recv(65536) for call in calls]
+    try:
+        assert {answer.split(b"\r\n")[0] for answer in answers} == {b"HTTP/1.1 200 OK"}
+        assert gateway.chat("hello", user="x" * (BODY_BYTES // 2)).status == 200
+    finally:
+        for call in calls:
+            call.close()

@@ -92,6 +92,9 @@ class Pipeline:
             self._budget.admit(call)
             reserved = self._reserve(client)
             request = await self._read(call, client)
+            if request.body_bytes < reserved:  # the length was not known
+                self._body_bytes -= reserved - request.body_bytes
+                reserved = request.body_bytes
             self._auth.allow(call)
             # Refuses a model that nobody serves before anything is taken.
             request.prompt_bound += self._registry.template_tokens(request.model)
