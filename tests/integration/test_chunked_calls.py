@@ -26,7 +26,9 @@ def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
 def send(gateway: GatewayProcess, body: dict[str, Any]) -> socket.socket:
     """A call in chunks, with all its bytes at once."""
     data = json.dumps(body).encode()
-    head = f"POST {PATHS['chat']} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = (
+        f"POST {PATHS['chat']} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
     connection = socket.create_connection(("127.0.0.1", gateway.port), timeout=PATIENCE)
     connection.sendall(head.encode() + f"{len(data):x}\r\n".encode() + data + b"\r\n0\r\n\r\n")
     return connection

@@ -150,6 +150,25 @@ def test_every_relayed_route_reaches_the_engine_with_our_key_and_not_the_callers
         assert "priority" not in seen["body"], path
 
 
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/completions", {"prompt": "hello", "max_tokens": 0, "echo": True, "logprobs": 0}),
+    ("/v1/completions", {"prompt": "hello", "max_tokens": 0, "echo": True, "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 100.0, "n": 1.0}),
+    ("/v1/embeddings", {"input": ["x"] * 1_000}),
+    ("/v1/embeddings", {"input": ["x"] * 2_048}),
+])  # fmt: skip
+def test_what_vllm_takes_is_not_refused(gateway: GatewayProcess, path: str, body: dict[str, Any]):
+    answer = gateway.post(path, {"model": "double", **body})
+
+    assert answer.status == 200, answer.body
+
+
+def test_more_inputs_than_openai_takes_are_refused(gateway: GatewayProcess):
+    answer = gateway.post("/v1/embeddings", {"model": "double", "input": ["x"] * 2_049})
+
+    assert (answer.status, answer.json["error"]["param"]) == (400, "input")
+
+
 ARGUMENTS = [
     {"file": "C:\\src\\a.py"}, {"source": "https://example.com/x"}, {"image": "nginx:1.25"}, {"file_url": "https://x/y"},
     {"edits": [{"file": "C:\\a.py"}] * 20},

@@ -66,6 +66,7 @@ class Pipeline:
             logprobs=settings.max_logprobs,
             output_tokens=settings.max_output_tokens,
             prompts=settings.max_prompts,
+            inputs=settings.max_inputs,
             media=settings.max_media,
             media_tokens=settings.media_tokens,
             remote_media=settings.remote_media,
