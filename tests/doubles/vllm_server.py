@@ -177,7 +177,7 @@ class Double:
             answer.fingerprint = self.options.fingerprint
             record.stream = bool(body.get("stream"))
             wanted = directive.count("tokens") or self.options.tokens
-            most = min(limit or room, room)
+            most = 1 if limit == 0 else min(limit or room, room)  # 0: the prompt is echoed, and a token computed
             if body.get("ignore_eos"):
                 wanted = most
             finish = "length" if wanted > most or body.get("ignore_eos") else "stop"

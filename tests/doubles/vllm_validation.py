@@ -59,10 +59,14 @@ def parse(path: str, content_type: str, body: bytes, models: tuple[str, ...]) ->
         raise Refusal(f"temperature must be non-negative, got {temperature}.", param="temperature")
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
         value = parsed.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = parsed[name] = int(value)
         if value is not None and not isinstance(value, int):
             raise Refusal("1 validation error:\n  Input should be a valid integer", FASTAPI, 400, f"body.{name}")
         if value is not None and value < 1 and path == "/v1/messages":
             raise Refusal(f"1 validation error:\n  {name} must be positive", FASTAPI, 400, f"body.{name}")
+        if value == 0 and name == "max_tokens" and parsed.get("echo") is True and path == "/v1/completions":
+            continue
         if value is not None and value < 1:
             name = "max_tokens" if name.startswith("max_") else name
             raise Refusal(f"{name} must be at least 1, got {value}.", param=name)

@@ -126,6 +126,37 @@ def test_nothing_in_a_call_names_the_upstream(gateway, engine):
             assert not {name for name in call["headers"] if name.startswith(("x-portkey", "x-upstream", "helicone"))}
 
 
+REMOTE = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}]
+AROUND = {
+    "score items": ("/v1/score", {"queries": "x", "items": [{"content": REMOTE}]}),
+    "batched conversations": ("/v1/embeddings", {"messages": [[{"role": "user", "content": REMOTE}]]}),
+    "a field of tomorrow": ("/v1/chat/completions", {"messages": [], "attached": [{"content": REMOTE}]}),
+    "tool arguments, not Anthropic's": (
+        "/v1/chat/completions", {"messages": [{"role": "user", "type": "tool_use", "input": REMOTE, "content": "x"}]},
+    ),
+    "beside tool arguments": (
+        "/v1/messages",
+        {"max_tokens": 2, "messages": [{"role": "user", "content": [
+            {"type": "tool_use", "id": "t", "name": "t", "input": {}, "source": {"type": "url", "url": "http://h/x"}},
+        ]}]},
+    ),
+    "documents to rank": ("/v1/rerank", {"query": "x", "documents": [{"content": REMOTE}]}),
+    "5,000 items": ("/v1/score", {"queries": "x", "items": ["y"] * 5_000}),
+    "5,000 conversations": ("/v1/embeddings", {"messages": [[{"role": "user", "content": "x"}]] * 5_000}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", AROUND)
+def test_no_field_leads_around_the_checks_of_media_and_prompts(gateway, engine, place):
+    path, fields = AROUND[place]
+    before = len(engine.requests())
+
+    answer = gateway.post(path, {"model": "double", **fields})
+
+    assert answer.status == 400, answer.body
+    assert len(engine.requests()) == before
+
+
 def test_a_caller_makes_no_key_and_a_key_gets_no_right_by_asking(gateway):
     """Rights are a fixed list of fields, set by who has the admin key alone."""
     for field in ("role", "user_role", "allowed_routes", "is_admin", "secret", "id", "digest", "origin", "permissions"):

@@ -28,6 +28,10 @@ PHASES: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
     "decode of responses": ("responses", "tokens=3000,pace_ms=20", {"stream": True}, "decode"),
     "not streaming": ("chat", "tokens=3000,pace_ms=20", {}, "decode"),
     "embeddings": ("embeddings", "prefill_ms=60000", {}, "prefill"),
+    # More than the server buffers comes in one read: the socket must be read again once the body is taken.
+    "queued, large body": ("chat", "tokens=5", {"stream": True, "user": "x" * 100_000}, None),
+    "prefill, large body": ("chat", "prefill_ms=60000", {"user": "x" * 100_000}, "prefill"),
+    "prefill, larger body": ("chat", "prefill_ms=60000", {"stream": True, "user": "x" * 400_000}, "prefill"),
 }
 
 

@@ -150,6 +150,54 @@ def test_every_relayed_route_reaches_the_engine_with_our_key_and_not_the_callers
         assert "priority" not in seen["body"], path
 
 
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/completions", {"prompt": "hello", "max_tokens": 0, "echo": True, "logprobs": 0}),
+    ("/v1/completions", {"prompt": "hello", "max_tokens": 0, "echo": True, "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 100.0, "n": 1.0}),
+    ("/v1/embeddings", {"input": ["x"] * 1_000}),
+    ("/v1/embeddings", {"input": ["x"] * 2_048}),
+])  # fmt: skip
+def test_what_vllm_takes_is_not_refused(gateway: GatewayProcess, path: str, body: dict[str, Any]):
+    answer = gateway.post(path, {"model": "double", **body})
+
+    assert answer.status == 200, answer.body
+
+
+def test_more_inputs_than_openai_takes_are_refused(gateway: GatewayProcess):
+    answer = gateway.post("/v1/embeddings", {"model": "double", "input": ["x"] * 2_049})
+
+    assert (answer.status, answer.json["error"]["param"]) == (400, "input")
+
+
+ARGUMENTS = [
+    {"file": "C:\\src\\a.py"}, {"source": "https://example.com/x"}, {"image": "nginx:1.25"}, {"file_url": "https://x/y"},
+    {"edits": [{"file": "C:\\a.py"}] * 20},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_what_a_tool_is_given_is_not_taken_for_media(gateway: GatewayProcess, arguments: Any):
+    schema = {"type": "object", "properties": {"file": {"type": "string", "default": "https://x/y"}}}
+    question = {"role": "user", "content": "hello"}
+    used = [{"type": "tool_use", "id": "t1", "name": "t", "input": arguments}]
+    result = [{"type": "tool_result", "tool_use_id": "t1", "content": "ok"}]
+    messages = [question, {"role": "assistant", "content": used}, {"role": "user", "content": result}]
+    tools = [{"name": "t", "input_schema": schema}]
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        limit = {"max_tokens": 5} if path == "/v1/messages" else {}
+        answer = gateway.post(path, {"model": "double", "messages": messages, "tools": tools, **limit})
+        assert answer.status == 200, answer.body
+    call = {"id": "t1", "type": "function", "function": {"name": "t", "arguments": json.dumps(arguments)}}
+    answer = gateway.post("/v1/chat/completions", {
+        "model": "double",
+        "messages": [question, {"role": "assistant", "content": None, "tool_calls": [call]},
+                     {"role": "tool", "tool_call_id": "t1", "content": "ok"}],
+        "tools": [{"type": "function", "function": {"name": "t", "parameters": schema}}],
+        "documents": [{"source": "https://example.com/x", "text": "y"}],
+    })  # fmt: skip
+    assert answer.status == 200, answer.body
+
+
 def test_a_transcription_is_relayed_as_it_came(gateway: GatewayProcess):
     boundary = "----b0undary"
     form = (

@@ -6,6 +6,8 @@ import contextlib
 import os
 import socket
 import struct
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -199,6 +201,43 @@ def test_application_learns_that_the_client_left(kind: str, how: str) -> None:
             wire.socket.close()
         wait_until("the application knows", lambda: server.state()["gone"] == 1)
         assert server.state()["callbacks"] == (1 if kind == "fast" else 0)
+
+
+LARGE = b"POST /hang HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n" + b"x" * 200_000
+NEXT = b"GET /echo HTTP/1.1\r\nHost: a\r\n\r\n"
+WITH_MORE_THAN_IS_BUFFERED = {
+    "large body": LARGE,
+    "chunked body": b"POST /hang HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"30d40\r\n" + b"x" * 200_000 + b"\r\n0\r\n\r\n",
+    "many requests behind": b"GET /hang HTTP/1.1\r\nHost: a\r\n\r\n" + NEXT * 20_000,
+    "many requests behind a large body": LARGE + NEXT * 20_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@pytest.mark.parametrize("sent", WITH_MORE_THAN_IS_BUFFERED)
+def test_client_that_sent_more_than_is_buffered_is_seen_to_leave(sent: str, how: str) -> None:
+    with Server("fast", sweep_seconds=0.1) as server:
+        wire = Wire(server.port)
+        wire.send(WITH_MORE_THAN_IS_BUFFERED[sent])
+        wait_until("the application waits", lambda: server.state().get("hanging"))
+        if how == "rst":
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wire.socket.close()
+        wait_until("the application learns it", lambda: server.state()["gone"] == 1)
+
+
+def test_requests_behind_one_that_takes_long_are_answered_in_order() -> None:
+    count = 10_000  # several times what is buffered
+    with Server("fast") as server, Wire(server.port) as wire, Wire(server.port) as other:
+        sender = threading.Thread(target=wire.send, args=[b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + NEXT * count])
+        sender.start()
+        time.sleep(0.3)
+        other.send(b"GET /release HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert other.response() is not None
+        answers = [wire.response() for _ in range(count + 1)]
+        sender.join()
+    assert [answer.json()["path"] for answer in answers if answer] == ["/wait"] + ["/echo"] * count
 
 
 def test_client_that_leaves_in_its_body(fast: Server) -> None:

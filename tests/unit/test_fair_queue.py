@@ -168,6 +168,21 @@ def test_the_heap_stays_small_however_often_accounts_move() -> None:
     assert sum(len(heap) for heap in queue._heaps.values()) <= 128
 
 
+def test_the_heap_stays_small_however_often_calls_of_a_key_that_runs_are_given_up() -> None:
+    """Its account stands above the virtual time, so nothing about it changes while its calls come and go."""
+    queue = FairQueue()
+    queue.charge(ticket(0, "a", 100))
+    for number in range(1, 1_001):
+        waiting = ticket(number, "a", 1)
+        queue.add(waiting)
+        queue.remove(waiting)
+
+        assert sum(len(heap) for heap in queue._heaps.values()) <= 128
+    queue.add(ticket(2_000, "a", 1))
+    queue.add(ticket(2_001, "b", 1))
+    assert [served.number for served in iter(lambda: serve(queue), None)] == [2_001, 2_000]
+
+
 def test_keys_that_come_once_are_forgotten_when_the_others_have_caught_up() -> None:
     queue = FairQueue()
     for number in range(1000):

@@ -87,6 +87,30 @@ def test_what_is_out_of_bounds_is_refused_by_name(fields: Any, param: str):
     assert param == refusal.value.param
 
 
+def test_a_whole_number_may_be_written_as_a_float_as_vllm_takes_it():
+    body = sent(chat(max_tokens=100.0, n=2e0, top_logprobs=5, temperature=0.5))
+
+    assert (body["max_tokens"], body["n"], body["temperature"]) == (100, 2, 0.5)
+    assert all(type(body[name]) is int for name in ("max_tokens", "n", "top_logprobs"))
+
+
+@pytest.mark.parametrize("value", [2.5, 1e30, -1.0, 9.0, "2.0"])
+def test_no_other_float_is_an_integer_in_bounds(value: Any):
+    with pytest.raises(InvalidRequest):
+        parse(CHAT, chat(n=value), CAPS)
+
+
+def test_a_prompt_may_be_echoed_alone():
+    endpoint = ENDPOINTS["/v1/completions"]
+    raw = b'{"model":"m","prompt":"a","max_tokens":0,"echo":true,"logprobs":0}'
+
+    assert parse(endpoint, raw, CAPS).output_tokens == 1  # which the engine computes and counts
+    assert sent(raw, endpoint)["max_tokens"] == 0
+    for other in (b'{"model":"m","prompt":"a","max_tokens":0}', raw.replace(b"true", b"1")):
+        with pytest.raises(InvalidRequest):
+            parse(endpoint, other, CAPS)
+
+
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\xff", b"null", b'"x"', b"[" * 100_000, b'{"a":' * 100_000])
 def test_what_is_no_json_object_is_refused(raw: bytes):
     with pytest.raises(InvalidRequest):

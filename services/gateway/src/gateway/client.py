@@ -54,9 +54,11 @@ class Client:
 
     async def body(self, limit: int) -> bytes:
         """The whole body. Raises `RequestTooLarge` above `limit` bytes and `ClientGone` when it breaks off."""
-        if self._exchange is not None and (whole := self._exchange.whole_body()) is not None and len(whole) <= limit:
-            return whole  # type: ignore[no-any-return]
         too_large = f"The body is larger than the limit of {limit} bytes."
+        if self._exchange is not None and (whole := self._exchange.whole_body()) is not None:
+            if len(whole) > limit:
+                raise RequestTooLarge(too_large)
+            return whole  # type: ignore[no-any-return]
         length = self.headers.get(b"content-length")
         if length is not None:
             if not length.isdigit():

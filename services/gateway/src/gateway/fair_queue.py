@@ -174,7 +174,13 @@ class FairQueue:
         self._pushes += 1
         heapq.heappush(heap, (account.tag, self._pushes, account.version, account))
         if len(heap) > 64 and len(heap) > 4 * len(self.accounts):
-            heap[:] = [entry for entry in heap if entry[2] == entry[3].version and pool in entry[3].lines]
+            first: dict[str, tuple[float, int, int, Account]] = {}  # of a key that waits again and again
+            for entry in heap:
+                account = entry[3]
+                if entry[2] == account.version and pool in account.lines:
+                    other = first.get(account.key)
+                    first[account.key] = entry if other is None else min(entry, other)
+            heap[:] = first.values()
             heapq.heapify(heap)
 
     def _forget(self, account: Account) -> None:

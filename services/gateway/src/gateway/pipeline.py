@@ -66,6 +66,7 @@ class Pipeline:
             logprobs=settings.max_logprobs,
             output_tokens=settings.max_output_tokens,
             prompts=settings.max_prompts,
+            inputs=settings.max_inputs,
             media=settings.max_media,
             media_tokens=settings.media_tokens,
             remote_media=settings.remote_media,
@@ -92,6 +93,9 @@ class Pipeline:
             self._budget.admit(call)
             reserved = self._reserve(client)
             request = await self._read(call, client)
+            if request.body_bytes < reserved:  # the length was not known
+                self._body_bytes -= reserved - request.body_bytes
+                reserved = request.body_bytes
             self._auth.allow(call)
             # Refuses a model that nobody serves before anything is taken.
             template = self._registry.template_tokens(request.model)
@@ -153,12 +157,15 @@ class Pipeline:
                     raw = await client.body(self._max_body_bytes)
             except TimeoutError:
                 raise InvalidRequest(f"The body did not arrive within {BODY_SECONDS:g} s.") from None
+        request: Request
         if call.endpoint.multipart:
             content_type = client.headers.text(b"content-type")
             if len(raw) > wire.LARGE_BYTES:
-                request = await asyncio.to_thread(multipart.parse, call.endpoint, raw, content_type, self._caps)
+                form = await asyncio.to_thread(multipart.parse, call.endpoint, raw, content_type, self._caps)
             else:
-                request = multipart.parse(call.endpoint, raw, content_type, self._caps)
+                form = multipart.parse(call.endpoint, raw, content_type, self._caps)
+            client.headers[b"content-type"] = form.content_type.encode("ascii")  # the engine's
+            request = form
         elif len(raw) > wire.LARGE_BYTES:
             request = await self._large.parse(call.endpoint, raw, self._caps)
         else:

@@ -6,6 +6,7 @@ the engine is built from them, so unknown fields travel untouched and a key that
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,7 @@ class Caps:
     logprobs: int = 20
     output_tokens: int = 0
     prompts: int = 256
+    inputs: int = 2048
     media: int = 16
     media_tokens: int = 4096
     remote_media: bool = False
@@ -167,9 +169,13 @@ class Head(msgspec.Struct):
     stream_options: dict[str, Any] | None = None
     background: bool | None = None
     previous_response_id: str | None = None
+    echo: Any = None
 
 
+_INTEGERS = ("n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens", "logprobs", "top_logprobs",
+             "prompt_logprobs")  # fmt: skip
 _head = msgspec.json.Decoder(Head)
+_FLOAT = re.compile(rb"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?")
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _items = msgspec.json.Decoder(list[Raw])
 
@@ -182,7 +188,12 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps, aside: Aside | None = None
     text = raw if aside is None else aside.rest
     try:
         fields = _fields.decode(text)
-        head = _head.decode(text)
+        try:
+            head = _head.decode(text)
+        except msgspec.ValidationError:
+            if not _mend_integers(fields):
+                raise
+            head = _head.decode(msgspec.json.encode(fields))
     except msgspec.ValidationError as error:
         param = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else None
         what = f"'{param}' has the wrong type." if param else "The body must be one JSON object."
@@ -201,7 +212,8 @@ def parse(endpoint: Endpoint, raw: bytes, caps: Caps, aside: Aside | None = None
         _refuse_stored_responses(head)
     request.prompts = _count_prompts(endpoint, fields, caps)
     request.n *= request.prompts if endpoint.name == "completions" else 1
-    media, media_bytes = media_in(text, fields, caps.remote_media, len if aside is None else aside.characters)
+    length = len if aside is None else aside.characters
+    media, media_bytes = media_in(text, fields, caps.remote_media, length, endpoint.name)
     if media > caps.media:
         raise InvalidRequest(f"At most {caps.media} images, audios or videos are accepted in one call.")
     request.media = media
@@ -241,6 +253,17 @@ def _read_pairs(request: Request, caps: Caps) -> None:
     request.prompt_estimate += more * (octets // BYTES_PER_TOKEN + media * caps.media_tokens)
 
 
+def _mend_integers(fields: dict[str, Raw]) -> bool:
+    """Write `100.0`, which vLLM takes for an integer, as one; whether there was any."""
+    mended = False
+    for name in _INTEGERS:
+        value = bytes(memoryview(fields.get(name, b"")))
+        if _FLOAT.fullmatch(value) and (number := float(value)).is_integer() and abs(number) < 1e15:
+            fields[name] = Raw(b"%d" % int(number))
+            mended = True
+    return mended
+
+
 def _read_output(request: Request, head: Head, caps: Caps) -> None:
     endpoint = request.endpoint
     name = endpoint.output_field or ""
@@ -249,6 +272,8 @@ def _read_output(request: Request, head: Head, caps: Caps) -> None:
         wanted = head.max_tokens
         if wanted is not None:
             name = "max_tokens"  # as the caller calls it
+    if wanted == 0 and endpoint.name == "completions" and head.echo is True:
+        wanted = 1  # the prompt alone comes back, and the engine computes a token all the same
     if wanted is not None and wanted < 1:
         raise InvalidRequest(f"'{name}' must be at least 1.", param=name)
     request.max_output = wanted if wanted is not None else endpoint.default_output
@@ -284,22 +309,25 @@ def _refuse_stored_responses(head: Head) -> None:
         )
 
 
-_BATCHES = ("prompt", "input", "documents", "items", "text_1", "text_2", "queries", "data_1", "data_2")
+# Lists that are no prompts. Every other one is counted, so that a new field is no way around the bound.
+_NO_BATCHES = frozenset(("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids", "tools"))
 
 
 def _count_prompts(endpoint: Endpoint, fields: dict[str, Raw], caps: Caps) -> int:
     count = 1
+    most = caps.inputs if endpoint.name == "embeddings" else caps.prompts
     if endpoint.name in ("chat_completions", "responses", "messages", "tokenize"):
         return count
-    for name in _BATCHES:
-        raw = fields.get(name)
-        if raw is None or bytes(memoryview(raw)[:1]) != b"[":
+    for name, raw in fields.items():
+        if bytes(memoryview(raw)[:1]) != b"[" or name in _NO_BATCHES:
             continue
         items = _items.decode(raw)
         if not items or memoryview(items[0])[0] in b"-0123456789":
             continue  # one prompt as token numbers
-        if len(items) > caps.prompts:
-            raise InvalidRequest(f"'{name}' may have at most {caps.prompts} entries.", param=name)
+        if name == "messages" and memoryview(items[0])[0] == 0x7B:
+            continue  # one conversation; several are lists in a list
+        if len(items) > most:
+            raise InvalidRequest(f"'{name}' may have at most {most} entries.", param=name)
         count = max(count, len(items))
     return count
 
