@@ -47,7 +47,7 @@ def ended(gateway: Counted) -> int:
 def test_no_call_leaves_a_cycle_however_it_ends(tmp_path: Path) -> None:
     with VllmDouble() as engine:
         gateway = Counted(
-            engine, tmp_path, "collected_gateway", FIRST_BYTE_SECONDS="1", ANSWER_SECONDS="1", MAX_BODY_BYTES="100000",
+            engine, tmp_path, "collected_gateway", FIRST_BYTE_SECONDS="1", MAX_BODY_BYTES="100000",
             BREAKER_FAILURES="1000", ENGINE_CONCURRENCY="1", QUEUE_SECONDS="1", DEFAULT_REQUESTS_PER_MINUTE="60",
         )  # fmt: skip
         try:

@@ -32,7 +32,6 @@ def gateway(engine: VllmDouble) -> Iterator[GatewayProcess]:
         BREAKER_FAILURES=100_000,
         IDLE_SECONDS=0.4,
         FIRST_BYTE_SECONDS=0.4,
-        ANSWER_SECONDS=0.4,
         KEEP_ALIVE_SECONDS=0,
         RETRY_RATIO=0,
     ) as running:

@@ -64,6 +64,11 @@ def test_an_answer_in_one_piece_may_take_longer_than_a_first_token(gateway: Gate
     assert (answer.status, answer.code) == (504, "upstream_timeout")
 
 
+def test_one_limit_that_is_set_holds_for_answers_in_one_piece_too(engine: VllmDouble) -> None:
+    with GatewayProcess(VLLM_URL=engine.url, FIRST_BYTE_SECONDS=1) as running:
+        assert running.chat("double:hang=headers").code == "upstream_timeout"
+
+
 def test_who_waits_for_too_long_an_answer_does_not_stop_an_engine_that_answers_others(gateway: GatewayProcess) -> None:
     with Wire(gateway.port, PATHS["chat"], asking("chat", "tokens=100000,pace_ms=50", stream=True)) as flowing:
         flowing.read_until(b"brown")

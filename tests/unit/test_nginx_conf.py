@@ -68,6 +68,7 @@ def test_the_edge_waits_longer_than_any_deadline_of_the_gateway() -> None:
     fields = Settings.model_fields
     for name in ("first_byte_seconds", "idle_seconds", "queue_seconds", "drain_seconds"):
         assert fields[name].default < nginx_conf.READ_SECONDS
+    assert Settings.model_construct().whole_answer_seconds < nginx_conf.READ_SECONDS
 
 
 def test_the_body_limit_is_the_gateways() -> None:

@@ -81,12 +81,12 @@ class Settings(BaseSettings):
     queue_seconds: float = Field(30.0, gt=0, description="Longest wait for the engine, seconds.")
     connect_seconds: float = Field(5.0, gt=0, description="Time to connect to the engine, seconds.")
     first_byte_seconds: float = Field(300.0, gt=0, description="Silence before a stream's first token, seconds.")
-    answer_seconds: float = Field(
-        1800.0,
+    answer_seconds: float | None = Field(
+        None,
         gt=0,
         description=(
-            "Wait for an answer that is not streamed, which comes when all of it is made, seconds; "
-            "at least FIRST_BYTE_SECONDS. The edge gives up after 3600."
+            "Wait for an answer that is not streamed, which comes when all of it is made, seconds. "
+            "Unset: FIRST_BYTE_SECONDS where that is set, else 1800. The edge gives up after 3600."
         ),
     )
     idle_seconds: float = Field(120.0, gt=0, description="Silence between two bytes of an answer, seconds.")
@@ -164,6 +164,13 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what `load` passes in: the environment is read in one place."""
         return (init_settings,)
+
+    @property
+    def whole_answer_seconds(self) -> float:
+        """How long an answer in one piece may take: as said, or as long as was said for the first byte."""
+        if self.answer_seconds is not None:
+            return self.answer_seconds
+        return self.first_byte_seconds if "first_byte_seconds" in self.model_fields_set else 1800.0
 
     @field_validator("vllm_url", "otel_exporter_otlp_endpoint", "gpu_exporter_url")
     @classmethod

@@ -85,7 +85,7 @@ class Forward:
         on_retry: Callable[[], None],
     ) -> None:
         self._first_byte_seconds = settings.first_byte_seconds
-        self._answer_seconds = max(settings.answer_seconds, settings.first_byte_seconds)
+        self._answer_seconds = settings.whole_answer_seconds
         self._idle_seconds = settings.idle_seconds
         self._keep_alive_seconds = settings.keep_alive_seconds
         self._upstream = upstream
