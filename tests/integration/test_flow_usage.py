@@ -72,6 +72,20 @@ def test_an_answer_that_tells_no_usage_is_charged_what_it_can_have_cost(
     assert gateway.get("/v1/usage", key=key).json["held_tokens"] == 0
 
 
+def test_an_event_that_is_too_long_is_no_way_to_a_prompt_for_nothing(
+    gateway: GatewayProcess, engine: ScriptedEngine, key: str
+) -> None:
+    long = {"id": "c", "choices": [{"index": 0, "text": "x" * 5_000_000, "finish_reason": None}], "usage": USAGE}
+    engine.scripts["long"] = streamed([event(long), b"data: [DONE]\n\n"])
+    body = {"model": "double", "prompt": f"script:long {'w ' * 2000}", "echo": True, "stream": True}
+    answer = gateway.post("/v1/completions", body, key=key, x_request_id="usage-of-long")
+    assert b"longer than this service relays" in answer.body
+
+    row = ledger(gateway, "usage-of-long")
+    assert (row["outcome"], row["completion_tokens"]) == ("failed", 0)
+    assert 4000 <= row["prompt_tokens"] <= 6000, "the bytes of the prompt"
+
+
 def test_who_leaves_before_the_usage_of_a_large_answer_does_not_have_it_for_nothing(
     gateway: GatewayProcess, key: str
 ) -> None:

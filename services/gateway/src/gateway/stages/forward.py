@@ -159,8 +159,13 @@ class Forward:
                 await self._stream(call, client, exchange, silence)
             else:
                 await self._whole(call, client, exchange, silence)
-        except UpstreamError as error:
-            if exchange is not None and not isinstance(error, answer.OwnBound):  # `_open` has told of its own failures
+        except answer.OwnBound:
+            if not call.usage.total:  # the usage stood in what was not relayed; the engine has computed the prompt
+                _count_most(call, 0)
+                call.note(call.usage)
+            raise
+        except UpstreamError:
+            if exchange is not None:  # `_open` has told of its own failures
                 self._report(call, False)
             raise
         finally:
