@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Site:
             capture_output=True,
             text=True,
             timeout=120,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
         )
         return f"{done.stdout}{done.stderr}status {done.returncode}"
 

@@ -16,7 +16,8 @@ OURS = ("COMPOSE_PROJECT_NAME", "APPLIANCE_STATE", "MODE", "YES")
 def checkout(tmp_path: Path) -> Path:
     """Another checkout of this product, as far as the verbs go, which may have a `.env` of its own."""
     folder = tmp_path / "checkout"
-    shutil.copytree(REPOSITORY / "scripts" / "daytwo", folder / "scripts" / "daytwo")
+    for name in ("daytwo", "local"):
+        shutil.copytree(REPOSITORY / "scripts" / name, folder / "scripts" / name)
     shutil.copy(REPOSITORY / "scripts" / "uninstall", folder / "scripts" / "uninstall")
     shutil.copy(REPOSITORY / "compose.yaml", folder)
     return folder
