@@ -8,25 +8,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.doubles.nvml.running import Exporter, Page, waited
+from tests.doubles.nvml.running import HANGING, collecting, started, waited
 from tests.doubles.nvml.scenario import LIBRARY, Scenario, build
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("nvml"))
-
-
-# A sample that is slow on a busy machine is no hang, and a hang is told for longer than a test may look away.
-HANGING = {"GPU_DEADLINE_SECONDS": "3", "GPU_RETRY_SECONDS": "1.5"}
-
-
-def started(scenario: Scenario, library: Path, **environment: str) -> Exporter:
-    return Exporter({**scenario.environment(library), **environment})
-
-
-def collecting(page: Page) -> bool:
-    return page.state() == "ok"
 
 
 @pytest.mark.parametrize("call", ["Handle", "PowerUsage", "FieldValues", "UUID"])

@@ -5,25 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.doubles.nvml.running import Exporter, Page
+from tests.doubles.nvml.running import HANGING, collecting, started
 from tests.doubles.nvml.scenario import Scenario, build
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("nvml"))
-
-
-# A sample that is slow on a busy machine is no hang, and a hang is told for longer than a test may look away.
-HANGING = {"GPU_DEADLINE_SECONDS": "3", "GPU_RETRY_SECONDS": "1.5"}
-
-
-def started(scenario: Scenario, library: Path, **environment: str) -> Exporter:
-    return Exporter({**scenario.environment(library), **environment})
-
-
-def collecting(page: Page) -> bool:
-    return page.state() == "ok"
 
 
 def test_xids_are_counted_by_gpu_and_number(library: Path, tmp_path: Path) -> None:

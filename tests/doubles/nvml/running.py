@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
+from tests.doubles.nvml.scenario import Scenario
 from tests.doubles.waiting import PATIENCE, wait_until
+
+# A sample that is slow on a busy machine is no hang, and a hang is told for longer than a test may look away.
+HANGING = {"GPU_DEADLINE_SECONDS": "3", "GPU_RETRY_SECONDS": "1.5"}
 
 T = TypeVar("T")
 QUICK = {
@@ -131,6 +135,16 @@ class Page:
     def state(self) -> str:
         """The state that the exporter says it is in."""
         return next(s.labels["state"] for s in self.samples if s.name == "gpu_exporter_state" and s.value == 1)
+
+
+def started(scenario: Scenario, library: Path, **environment: str) -> Exporter:
+    """An exporter on the double that `library` is, with the machine of `scenario`."""
+    return Exporter({**scenario.environment(library), **environment})
+
+
+def collecting(page: Page) -> bool:
+    """Whether the last sample was one."""
+    return page.state() == "ok"
 
 
 def waited(what: str, found: Callable[[], T | None]) -> T:
