@@ -16,21 +16,9 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from gateway import answer, reported, wire
+from gateway import answer, charge, refused, reported, wire
 from gateway.call import Outcome
-from gateway.errors import (
-    ClientGone,
-    GatewayError,
-    InvalidRequest,
-    ModelNotFound,
-    NoBackend,
-    RequestTooLarge,
-    UnknownRoute,
-    UpstreamError,
-    UpstreamTimeout,
-)
+from gateway.errors import ClientGone, NoBackend, UpstreamError, UpstreamTimeout
 from gateway.retry_budget import MOST_RETRIES, RetryBudget
 from gateway.upstream import BrokenConnection, ConnectError, Exchange, Route, Upstream
 
@@ -49,7 +37,6 @@ ANSWER_BUFFER_BYTES = 4 * 1024 * 1024  # a JSON answer up to this size is checke
 END_SECONDS = 1.0  # for the end of an answer behind its last event, without which its connection is not used again
 LATELY = 0.5  # of a limit: an engine that stops altogether was heard by some calls a little later than by others
 _VALUE = re.compile(r"[\x20-\x7e\x80-\xff]+")
-_ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
 
 class _Silence:
@@ -161,7 +148,7 @@ class Forward:
                 await self._whole(call, client, exchange, silence)
         except answer.OwnBound:
             if not call.usage.total:  # the usage stood in what was not relayed; the engine has computed the prompt
-                _count_most(call, 0)
+                charge.count_most(call, 0)
                 call.note(call.usage)
             raise
         except UpstreamError:
@@ -273,12 +260,12 @@ class Forward:
             body += part
             if len(body) > ANSWER_BUFFER_BYTES:
                 break
-        raise _error_of(call, exchange.status, body)
+        raise refused.error_of(call, exchange.status, body)
 
     async def _stream(self, call: Call, client: Client, exchange: Exchange, silence: _Silence) -> None:
         request = call.request
         assert request is not None
-        stream = answer.Stream(request, call.usage, _most(call))
+        stream = answer.Stream(request, call.usage, charge.most(call))
         call.answer = stream
         silence.what = "before its first token"
         await client.start(200, self._head(call, exchange, answer.STREAM_HEAD))
@@ -352,9 +339,9 @@ class Forward:
         if not reported.note_body(call.usage, body) and not call.request.endpoint.multipart:
             raise UpstreamError("The engine's answer is not JSON.")  # transcriptions can also be plain text
         if call.usage.known:
-            _keep_to_hold(call)
+            charge.keep_to_hold(call)
         else:
-            _count_most(call, len(body))
+            charge.count_most(call, len(body))
         call.note(call.usage)
         self._report(call, True)
         call.first_token_at = silence.since
@@ -370,12 +357,12 @@ class Forward:
         await client.start(200, self._head(call, exchange, answer.HEAD))
         call.first_token_at = silence.since
         pending = b"".join(parts)
-        _count_most(call, len(pending))  # until its usage is found: the engine has done the work
+        charge.count_most(call, len(pending))  # until its usage is found: the engine has done the work
         search = reported.Search(call.usage)
         search.look(pending)
         while True:
             if call.usage.known:
-                _keep_to_hold(call)
+                charge.keep_to_hold(call)
             call.note(call.usage)
             silence.quiet = True
             data = await exchange.read()
@@ -400,64 +387,3 @@ class Forward:
             if len(self._content_types) < 64:
                 self._content_types[name] = content_type
         return form % (content_type, call.request_id.encode(), call.server_timing(), call.limit_lines)
-
-
-def _most(call: Call) -> int:
-    """The tokens that `call` may cost where a day's quota stands behind its hold; 0: any number. Of media the hold is a
-    guess, and their truth comes with the answer."""
-    caller, hold, request = call.caller, call.hold, call.request
-    if caller is None or hold is None or not (caller.limits.daily_tokens or caller.organisation_daily_tokens):
-        return 0
-    if request is None or request.media or request.endpoint.multipart:
-        return 0
-    return hold.tokens
-
-
-def _keep_to_hold(call: Call) -> None:
-    """Never settle more than the day's quota has room for, whatever an engine reports that counts prompts otherwise
-    than it said."""
-    if most := _most(call):
-        call.usage.keep_to(most)
-
-
-def _count_most(call: Call, size: int) -> None:
-    """Count the most that an answer of `size` bytes can have cost, because its engine does not say: never more than was
-    held, and never nothing."""
-    request = call.request
-    assert request is not None
-    if call.endpoint.metered:
-        output = request.output_tokens
-        call.usage.prompt = request.prompt_bound
-        call.usage.completion = size if output is None or output > size else output
-        if call.hold is not None:
-            call.usage.keep_to(call.hold.tokens)
-
-
-def _error_of(call: Call, status: int, body: bytes) -> GatewayError:
-    """Our error for an engine's error status. 4xx texts help the caller and are passed on without addresses."""
-    if status in (400, 404, 405, 413, 415, 422, 501):
-        call.outcome = Outcome.REJECTED
-        message, param = _message_in(body)
-        if status in (404, 405) and not message:
-            return UnknownRoute(f"This model does not offer {call.endpoint.path}.")
-        if status == 404:
-            return ModelNotFound(message or "The engine does not know this model.", param=param)
-        if status == 413:
-            return RequestTooLarge(message or "The engine finds the request too large.", param=param)
-        return InvalidRequest(message or "The engine does not accept this request.", param=param)
-    if status in (429, 503):
-        return NoBackend("The engine takes no more calls at the moment.")
-    return UpstreamError("The engine failed to answer this call.")
-
-
-def _message_in(body: bytes) -> tuple[str, str | None]:
-    try:
-        said = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return "", None
-    error = said.get("error", said) if isinstance(said, dict) else None
-    if not isinstance(error, dict):
-        return "", None
-    message, param = error.get("message"), error.get("param")
-    text = _ADDRESS.sub("0x…", message[:2000]) if isinstance(message, str) else ""
-    return text, param if isinstance(param, str) else None
