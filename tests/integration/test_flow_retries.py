@@ -10,6 +10,7 @@ import pytest
 from tests.doubles.flow_site import metric
 from tests.doubles.gateway import GatewayProcess
 from tests.doubles.scripted_engine import ScriptedEngine, whole
+from tests.doubles.waiting import wait_until
 
 BUSY = whole({"error": {"message": "busy"}}, 503)
 
@@ -24,6 +25,7 @@ def engines() -> Iterator[list[ScriptedEngine]]:
 def gateway(engines: list[ScriptedEngine]) -> Iterator[GatewayProcess]:
     backends = [{"name": name, "url": engine.url} for name, engine in zip("ab", engines, strict=True)]
     with GatewayProcess(BACKENDS=json.dumps(backends), RETRY_RATIO=0.01) as running:
+        wait_until("both engines are known", lambda: metric(running, "gateway_backend_up") == 2)  # one makes it ready
         yield running
 
 
