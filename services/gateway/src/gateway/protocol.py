@@ -396,6 +396,8 @@ class Connection(asyncio.Protocol):
 
     def left(self) -> bool:
         """Whether the client has closed its side, behind bytes that may not have been read."""
+        if self.transport.is_closing():
+            return False  # its file may be closed already, and the sweep serves all
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
         return bool(poll.poll(0))
