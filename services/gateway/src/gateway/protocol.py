@@ -22,58 +22,21 @@ from __future__ import annotations
 import asyncio
 import re
 import select
-from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from gateway.bounds import Bounds, refusal
+from gateway.bounds import refusal
 from gateway.chunked import Chunked
-from gateway.exchange import Application, Exchange
+from gateway.exchange import Exchange
 from gateway.head import HEAD_BYTES, MALFORMED, Head, Refused, parse_head
+
+if TYPE_CHECKING:
+    from gateway.connections import Connections
 
 DISCARD_BYTES = 262_144  # an unread body up to this is read and dropped to keep the connection
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NEVER = float("inf")
-Relay = Callable[[Exchange, Head, tuple[str, int] | None], Awaitable[None] | None]
-
-
-class Connections:
-    """All connections of one server: the application they serve, their bounds, their sweep, their drain."""
-
-    def __init__(self, application: Application, bounds: Bounds) -> None:
-        self.application = application
-        # An application may take requests without ASGI's scope and messages: `relay` returns its coroutine, or None.
-        self.relay: Relay | None = getattr(application, "relay", None)
-        self.bounds = bounds
-        self.draining = False
-        self.open: set[Connection] = set()
-        self.unread: set[Connection] = set()  # not read for now: an end of file does not show by itself
-        self._sweeper: asyncio.TimerHandle | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin the sweep."""
-        self.now = loop.time()
-        self._sweep(loop)
-
-    def stop(self) -> None:
-        """End the sweep."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
-        for connection in [c for c in self.open if c.deadline < now]:
-            connection.expire()
-        for connection in [c for c in self.unread if c.left()]:
-            connection.abort()
-        self._sweeper = loop.call_later(self.bounds.sweep_seconds, self._sweep, loop)
-
-    def drain(self) -> None:
-        """No further request on any connection: idle ones close now, the others after their answer."""
-        self.draining = True
-        for connection in list(self.open):
-            connection.close_if_idle()
 
 
 class Connection(asyncio.Protocol):

@@ -22,8 +22,9 @@ from loguru import logger
 
 from gateway import kernel
 from gateway.bounds import MOST_CONNECTIONS, Bounds
+from gateway.connections import Connections
 from gateway.exchange import Application
-from gateway.protocol import Connection, Connections
+from gateway.protocol import Connection
 from gateway.settings import Settings
 
 HYPERCORN_VERSION = "0.18.0"  # measured and differentially tested; another may pick its connection class elsewhere
